@@ -1,0 +1,198 @@
+"""Left atrium benchmark: trains, predicts the 20 test scans, and adds the Dice to a table.
+
+    nnunet-ssl convert la -i LA -d 501 --train-list la_dev_train.list --test-list la_dev_test.list
+    nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 2.5 2.5 2.5
+    python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainer nnUNetTrainerM3 nnUNetTrainerM3HL
+    python benchmarks/la.py -d 501 -f 3 -tr nnUNetTrainer                               # upper bound: all labels
+    python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --set feature_pairs=matched
+
+Every trainer takes the same number of steps of the same size on the same plans. The final checkpoint is used, nothing
+is selected. A row that is in the table already is not run again. One process and one thread per call: start as many
+calls as there are cores, or give --threads.
+"""
+
+import argparse
+import ast
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+os.environ.setdefault("nnUNet_n_proc_DA", "0")
+os.environ.setdefault("nnUNet_compile", "0")
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+RESULTS = Path(__file__).parent / "results"
+# patch in voxels, features per stage, batch size; every stage halves every axis
+PROTOCOLS = {"quick": ([20, 28, 28], [16, 32, 64], 4), "long": ([56, 80, 80], [32, 64, 128, 256], 2)}
+
+
+def add_configuration(dataset: str, protocol: str) -> str:
+    """Adds the protocol's small configuration to the dataset's plans, on the data of 3d_fullres; returns its name."""
+    path = Path(nnUNet_preprocessed) / dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    patch, features, batch_size = PROTOCOLS[protocol]
+    architecture = json.loads(json.dumps(plans["configurations"]["3d_fullres"]["architecture"]))
+    stages = len(features)
+    architecture["arch_kwargs"].update(
+        n_stages=stages,
+        features_per_stage=features,
+        kernel_sizes=[[3, 3, 3]] * stages,
+        strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        n_conv_per_stage=[2] * stages,
+        n_conv_per_stage_decoder=[2] * (stages - 1),
+    )
+    name = f"la_{protocol}"
+    configuration = {
+        "inherits_from": "3d_fullres",
+        "patch_size": patch,
+        "batch_size": batch_size,
+        "architecture": architecture,
+    }
+    if plans["configurations"].get(name) != configuration:
+        plans["configurations"][name] = configuration
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(plans, indent=4))
+        temporary.replace(path)
+    return name
+
+
+def train(args, dataset: str, configuration: str, name: str, fold: int) -> tuple[Path, float]:
+    """Trains unless it is done already; returns the fold's folder and the seconds per step."""
+    torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
+    folder = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}"
+    trainer = get_trainer_from_args(dataset, configuration, fold, args.trainer, device=torch.device(args.device))
+    trainer.num_iterations_per_epoch = 250
+    trainer.num_epochs = args.steps // 250
+    trainer.num_val_iterations_per_epoch = 5  # monitoring only
+    for key, value in args.settings.items():
+        if not hasattr(trainer, key):
+            raise SystemExit(f"{args.trainer} has no setting {key}.")
+        setattr(trainer, key, value)
+    trainer.output_folder_base = str(folder)
+    trainer.output_folder = str(folder / f"fold_{fold}")
+    os.makedirs(trainer.output_folder, exist_ok=True)
+    trainer.log_file = os.path.join(trainer.output_folder, os.path.basename(trainer.log_file))
+    timing = folder / f"fold_{fold}" / "seconds_per_step.txt"
+    if not timing.is_file():
+        begin = time.time()
+        trainer.run_training()
+        timing.write_text(str((time.time() - begin) / args.steps))
+    return folder / f"fold_{fold}", float(timing.read_text())
+
+
+def checkpoints(folder: Path) -> dict[str, str]:
+    """Network name to checkpoint file name: the deployed network, and the student where it is another one."""
+    state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    ours = state.get("nnunet_ssl")
+    if not ours or ours["inference_network"] == "student":
+        return {"student": "checkpoint_final.pth"}
+    state["network_weights"] = ours["student"]
+    torch.save(state, folder / "checkpoint_student.pth")
+    return {"teacher": "checkpoint_final.pth", "student": "checkpoint_student.pth"}
+
+
+def predict(args, dataset: str, configuration: str, name: str, fold: int, checkpoint: str) -> dict[str, float]:
+    """Predicts imagesTs with nnUNetv2_predict and returns the Dice of every case, in percent."""
+    raw = Path(nnUNet_raw) / dataset
+    output = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}" / f"test_{fold}_{checkpoint}"
+    shutil.rmtree(output, ignore_errors=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    subprocess.run(
+        ["nnUNetv2_predict", "-d", dataset, "-c", configuration, "-f", str(fold), "-tr", name, "-chk", checkpoint]
+        + ["-i", str(raw / "imagesTs"), "-o", str(output), "-device", args.device, "-npp", "1", "-nps", "1"]
+        + ["--disable_progress_bar"],
+        check=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    compute_metrics_on_folder_simple(str(raw / "labelsTs"), str(output), [1], num_processes=1)
+    cases = json.loads((output / "summary.json").read_text())["metric_per_case"]
+    return {Path(c["prediction_file"]).name.split(".")[0]: 100 * c["metrics"]["1"]["Dice"] for c in cases}
+
+
+def record(args, name: str, fold: int, labeled: int, network: str, seconds: float, dice: dict[str, float]) -> None:
+    """Replaces this run's rows of the per-case CSV and writes the table anew."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"la_{args.protocol}.csv"
+    fields = ["trainer", "fold", "labeled", "network", "steps", "seed", "seconds_per_step", "case", "dice"]
+    run = [name, fold, labeled, network, args.steps, args.seed]
+    rows = []
+    if path.is_file():
+        with path.open(newline="") as f:
+            rows = [r for r in csv.reader(f)][1:]
+    rows = [r for r in rows if r[:6] != [str(x) for x in run]]
+    rows += [[str(x) for x in run] + [f"{seconds:.3f}", case, f"{value:.2f}"] for case, value in sorted(dice.items())]
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with temporary.open("w", newline="") as f:
+        csv.writer(f).writerows([fields, *rows])
+    temporary.replace(path)
+
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[:7]), []).append(float(row[8]))
+    lines = [
+        f"Protocol `{args.protocol}`, 20 test scans, final checkpoint, Dice in percent. Machine: see the CSV's commit.",
+        "",
+        "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case | s/step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key in sorted(groups, key=lambda k: (int(k[2]), k[0], k[3], k[5])):
+        values = groups[key]
+        figures = f"{statistics.mean(values):.2f} | {statistics.stdev(values):.2f} | {min(values):.2f}"
+        lines.append(f"| {key[0]} | {key[2]} | {key[3]} | {key[4]} | {key[5]} | {figures} | {key[6]} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", dest="dataset", default="501")
+    parser.add_argument("-tr", dest="trainers", nargs="+", required=True)
+    parser.add_argument("-f", dest="folds", nargs="+", type=int, default=[0])
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="quick")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help="trainer attributes"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    pairs = [setting.split("=", 1) for setting in args.settings]
+    suffix = "".join(f"-{key}={value}" for key, value in pairs)
+    args.settings = {key: _literal(value) for key, value in pairs}
+    torch.set_num_threads(args.threads)
+
+    dataset = maybe_convert_to_dataset_name(int(args.dataset))
+    configuration = add_configuration(dataset, args.protocol)
+    splits = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())
+    for fold in args.folds:
+        for args.trainer in args.trainers:
+            name = args.trainer + suffix + (f"-seed={args.seed}" if args.seed else "")
+            folder, seconds = train(args, dataset, configuration, name, fold)
+            for network, checkpoint in checkpoints(folder).items():
+                dice = predict(args, dataset, configuration, name, fold, checkpoint)
+                record(args, args.trainer + suffix, fold, len(splits[fold]["train"]), network, seconds, dice)
+                print(f"{name}, fold {fold}, {network}: Dice {statistics.mean(dice.values()):.2f}", flush=True)
+
+
+def _literal(value: str):
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a plain word
+        return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`nnunet-ssl <command>`: argument parsing only, each command's work is in the module of its name."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; bad input ends in one sentence on stderr and exit code 1, without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, FileNotFoundError, FileExistsError, NotImplementedError) as error:
+        if options.traceback:
+            raise
+        print(f"nnunet-ssl {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+# nnU-Net is imported inside the functions: it takes seconds, and `--help` should not
+
+
+def _trainers(options) -> None:
+    from nnunet_ssl.autoregister import trainers_folder
+    from nnunet_ssl.doctor import list_trainers
+
+    if options.path:
+        print(trainers_folder())
+        return
+    for name, description in list_trainers():
+        print(f"{name:<28}{description}")
+
+
+def _convert(options) -> None:
+    from nnunet_ssl.dataset_conversion import la
+
+    la.convert(
+        options.input,
+        options.dataset_id,
+        options.train_list,
+        options.test_list,
+        labeled=options.labeled,
+        allow_missing=options.allow_missing,
+        crop_margin=options.crop_margin,
+        overwrite=options.overwrite,
+    )
+
+
+def _split(options) -> None:
+    from nnunet_ssl.splits import split_dataset
+
+    path = split_dataset(options.dataset, options.labeled, options.val, options.seed, options.overwrite)
+    print(f"Wrote {len(options.labeled)} folds to {path}.")
+
+
+def _preprocess(options) -> None:
+    from nnunet_ssl.preprocessing import preprocess_unlabeled
+
+    preprocess_unlabeled(options.dataset, options.configurations, options.plans, options.input, options.num_processes)
+
+
+def _doctor(options) -> int:
+    from nnunet_ssl.doctor import doctor
+
+    return doctor(options.dataset, options.configurations, options.plans, options.fold)
+
+
+def _demo(options) -> None:
+    from nnunet_ssl.demo import demo
+
+    demo(options.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nnunet-ssl", description="Semi-supervised learning for nnU-Net v2.")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("trainers", _trainers, "List the semi-supervised trainers.")
+    sub.add_argument("--path", action="store_true", help="print the folder for nnU-Net's variable nnUNet_extTrainer")
+
+    sub = command("convert", _convert, "Convert a public dataset to nnU-Net's format, with folds for label budgets.")
+    sub.add_argument("name", choices=["la"], help="la: left atrium, 2018 Atrial Segmentation Challenge")
+    sub.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case")
+    sub.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the dataset that is written")
+    sub.add_argument("--train-list", type=Path, help="file with one training case per line; default: published list")
+    sub.add_argument("--test-list", type=Path, help="file with one test case per line; default: published list")
+    sub.add_argument(
+        "--labeled",
+        type=int,
+        nargs="+",
+        default=[8, 4, 16],
+        help="labeled cases of each fold; one more fold has all labels (default: 8 4 16)",
+    )
+    sub.add_argument("--allow-missing", action="store_true", help="go on when listed cases are not in the folder")
+    sub.add_argument(
+        "--crop-margin",
+        type=int,
+        help="crop in plane around the reference segmentation with this margin in voxels, as the "
+        "literature does. This uses the label of EVERY case, unlabeled and test cases as well",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its splits")
+
+    sub = command("split", _split, "Hide labels of a fully labeled dataset: folds with train, val and unlabeled.")
+    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    sub.add_argument("--labeled", type=int, nargs="+", required=True, help="labeled cases, one fold per number")
+    sub.add_argument("--val", type=int, help="validation cases, the same in every fold (default: 20 %% of all)")
+    sub.add_argument("--seed", type=int, default=12345)
+    sub.add_argument("--overwrite", action="store_true", help="replace splits_final.json (a backup is kept)")
+
+    sub = command("preprocess", _preprocess, "Preprocess unlabeled scans with the dataset's plans.")
+    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    sub.add_argument("-c", dest="configurations", nargs="+", required=True, help="configurations, as 3d_fullres")
+    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    sub.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: imagesUn of the dataset)")
+    sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
+
+    sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
+    sub.add_argument("-d", dest="dataset", help="dataset name or id")
+    sub.add_argument("-c", dest="configurations", nargs="+", default=[], help="configurations, as 3d_fullres")
+    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    sub.add_argument("-f", dest="fold", type=int, help="fold")
+
+    sub = command("demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3HL on a small synthetic dataset and compare.")
+    sub.add_argument("-o", dest="output", type=Path, default=Path("nnunet_ssl_demo"), help="folder for everything")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

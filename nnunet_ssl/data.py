@@ -1,0 +1,179 @@
+"""The unlabeled stream: which scans it has, how they are read and augmented, and the batch that a method sees."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import blosc2
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
+NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
+OUTSIDE = 1e-3  # normalised intensity; below it in every channel a voxel lies outside a mask-normalised image
+
+
+@dataclass
+class Batch:
+    """What a method sees of one step, on the device; B is the planned batch size.
+
+    Attributes:
+        image: labeled images (B, C, *spatial).
+        target: their labels as nnU-Net gives them: (B, 1, *spatial), with deep supervision a list, full size first.
+        unlabeled: unlabeled images (B, C, *spatial), fully augmented. There is no target of them anywhere.
+        unlabeled_weak: the same crops with spatial augmentation only; None unless the method sets `weak_view`.
+    """
+
+    image: Tensor
+    target: Tensor | list[Tensor]
+    unlabeled: Tensor
+    unlabeled_weak: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The target at full resolution, (B, 1, *spatial)."""
+        return self.target[0] if isinstance(self.target, list) else self.target
+
+
+class UnlabeledDataset:
+    """Preprocessed images without anything that was derived from a label.
+
+    Only `<case>.b2nd` is ever opened: not `<case>_seg.b2nd`, and not `<case>.pkl`, which holds class locations.
+
+    Args:
+        files: case identifier to its preprocessed image; nothing is opened here.
+    """
+
+    def __init__(self, files: dict[str, Path]):
+        self.files = files
+        self.identifiers = sorted(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load_image(self, identifier: str) -> blosc2.NDArray:
+        """The image (C, *spatial), normalised and resampled; read lazily, so that a crop reads only its blocks."""
+        # memory maps fail on Windows, as nnU-Net notes in its own dataset class
+        mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+        return blosc2.open(urlpath=str(self.files[identifier]), mode="r", dparams={"nthreads": 1}, **mmap)
+
+
+def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, BasicTransform, BasicTransform]:
+    """Splits nnU-Net's training transforms for images without labels: geometry, intensity, outside mask.
+
+    Mirroring moves from the end to the other spatial transforms, so that a weak view (geometry only) and a strong one
+    (geometry and intensity) show the same voxels. Everything that concerns labels only is left out.
+    """
+    geometry = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
+    masking = [t for t in transforms.transforms if isinstance(t, MaskImageTransform)]
+    skipped = (*GEOMETRY, MaskImageTransform, *NEEDS_LABELS)
+    intensity = [t for t in transforms.transforms if not isinstance(t, skipped)]
+    return ComposeTransforms(geometry), ComposeTransforms(intensity), ComposeTransforms(masking)
+
+
+class UnlabeledDataLoader(nnUNetDataLoader):
+    """Random crops of unlabeled images: nnU-Net's loader without anything that a label decides.
+
+    Args:
+        dataset: the unlabeled images.
+        batch_size: crops per batch.
+        patch_size: size of the crop before the spatial augmentation.
+        final_patch_size: size of the crop that the network sees.
+        transforms: nnU-Net's training transforms of the labeled stream.
+        weak_view: also give every crop with spatial augmentation only.
+    """
+
+    def __init__(self, dataset, batch_size, patch_size, final_patch_size, label_manager, transforms, weak_view):
+        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager)
+        self.has_ignore = False  # crops of labeled images keep to annotated voxels; here there are none
+        self.geometry, self.intensity, self.masking = split_transforms(transforms)
+        self.weak_view = weak_view
+
+    def generate_train_batch(self) -> dict[str, Tensor]:
+        views = []
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            for identifier in self.get_indices():
+                image = self._data.load_image(identifier)
+                lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
+                box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
+                crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+                views.append(self.augment(crop[:, 0] if self.patch_size_was_2d else crop))
+        return {name: torch.stack([view[name] for view in views]) for name in views[0]}
+
+    def augment(self, crop: Tensor) -> dict[str, Tensor]:
+        """The strong view `unlabeled` of a crop (C, *spatial) and, where it is asked for, `unlabeled_weak`."""
+        sample = {"image": crop}
+        if self.masking.transforms:
+            # nnU-Net's mask is -1 outside; read off the image, because stored segmentations know the labels
+            sample["segmentation"] = -(crop.abs() < OUTSIDE).all(0, keepdim=True).to(torch.int16)
+        weak = self.geometry(**sample)
+        # intensity transforms work in place
+        strong = self.intensity(**{**weak, "image": weak["image"].clone()})
+        views = {"unlabeled": self.masking(**strong)["image"]}
+        if self.weak_view:
+            views["unlabeled_weak"] = self.masking(**weak)["image"]
+        return views
+
+
+class PairedDataLoader(DataLoader):
+    """Labeled and unlabeled crops as one item, so that nnU-Net's own workers and their number serve both."""
+
+    def __init__(self, labeled: nnUNetDataLoader, unlabeled: UnlabeledDataLoader):
+        super().__init__(None, labeled.batch_size, infinite=True)
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+
+    def generate_train_batch(self) -> dict:
+        return {**self.labeled.generate_train_batch(), **self.unlabeled.generate_train_batch()}
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        self.labeled.set_thread_id(thread_id)
+        self.unlabeled.set_thread_id(thread_id)
+
+
+def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Sequence[str]) -> dict[str, Path]:
+    """Preprocessed images of all unlabeled cases of a fold: `imagesUn` and the fold's own "unlabeled" list.
+
+    Args:
+        dataset_folder: nnUNet_preprocessed/DatasetXXX_Name.
+        data_identifier: of the configuration.
+        fold_cases: the fold's "unlabeled" list; preprocessed with the labeled cases. Empty: only imagesUn.
+
+    Returns:
+        Case identifier to file; empty where there is neither source.
+
+    Raises:
+        FileNotFoundError: cases of the fold are not preprocessed.
+        ValueError: a case is in both sources.
+    """
+    folder, own = dataset_folder / data_identifier, dataset_folder / f"{data_identifier}_unlabeled"
+    listed = {case: folder / f"{case}.b2nd" for case in fold_cases}
+    present = {p.name for p in folder.glob("*.b2nd")} if listed else set()
+    missing = [case for case, path in listed.items() if path.name not in present]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} unlabeled cases of the fold are not in {folder}: {', '.join(missing[:5])}. "
+            f"Run nnUNetv2_preprocess for this configuration again, or correct splits_final.json."
+        )
+    # the properties are written last, so a case without them is half-written
+    names = {p.name for p in own.iterdir()} if own.is_dir() else set()
+    cases = [n[:-4] for n in names if n.endswith(".pkl") and f"{n[:-4]}.b2nd" in names]
+    twice = sorted(set(cases) & set(listed))
+    if twice:
+        raise ValueError(
+            f"Cases in {own} and in the fold's unlabeled list: {', '.join(twice[:5])}. Remove one of them."
+        )
+    return {**listed, **{case: own / f"{case}.b2nd" for case in cases}}

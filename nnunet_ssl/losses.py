@@ -1,0 +1,71 @@
+"""Losses that nnU-Net does not have; everything else is nnU-Net's own."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor, nn
+
+
+def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor, mask: Tensor) -> Tensor:
+    """nnU-Net's own Dice and cross entropy, restricted to the voxels of a mask, at every deep-supervision scale.
+
+    Where the mask is 1 everywhere this equals `loss` on targets that nnU-Net's transforms downsampled. Dice counts
+    only the masked voxels, cross entropy is their mean. An empty mask gives a constant without gradient.
+
+    Args:
+        loss: what `nnUNetTrainer._build_loss` made: DC_and_CE_loss, perhaps in a DeepSupervisionWrapper.
+        output: logits (B, C, *spatial); with deep supervision a list of them, highest resolution first.
+        target: (B, 1, *spatial) labels at full resolution.
+        mask: (B, 1, *spatial), 1 or True where the voxel counts.
+
+    Returns:
+        Scalar in nnU-Net's scaling: cross entropy minus Dice, in [-1, inf).
+
+    Raises:
+        NotImplementedError: any other loss.
+    """
+    if isinstance(loss, DeepSupervisionWrapper):
+        # a scale with weight 0 is never trained: keep it out, as nnU-Net does
+        scales = [(w, o) for w, o in zip(loss.weight_factors, output, strict=True) if w != 0]
+        return sum(
+            weight * _masked_dice_ce(loss.loss, logits, downsample(target, logits), downsample(mask, logits))
+            for weight, logits in scales
+        )
+    return _masked_dice_ce(loss, output, target, mask)
+
+
+def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    if type(loss) is not DC_and_CE_loss or loss.ignore_label is not None:
+        raise NotImplementedError(
+            f"The masked loss is implemented for nnU-Net's DC_and_CE_loss without ignore label, not {loss}."
+        )
+    mask = mask.to(logits.dtype)
+    dice = loss.dc(logits, target, loss_mask=mask)
+    entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none") * mask[:, 0]
+    return loss.weight_ce * entropy.sum() / mask.sum().clamp_min(1) + loss.weight_dice * dice
+
+
+def downsample(x: Tensor, like: Tensor) -> Tensor:
+    """Resizes labels or masks (B, C, *spatial) to the spatial shape of `like` by nearest neighbour, dtype kept.
+
+    The same interpolation as nnU-Net's DownsampleSegForDSTransform, but on the device and for mixed targets.
+    """
+    if x.shape[2:] == like.shape[2:]:
+        return x
+    return F.interpolate(x.float(), like.shape[2:], mode="nearest-exact").to(x.dtype)
+
+
+def feature_l1(features: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference of two feature maps (B, C, *spatial); the target gets no gradient (M3HL, L_low)."""
+    return F.l1_loss(features.float(), target.detach().float())
+
+
+def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
+    """1 minus the cosine between two feature maps, each flattened to one vector per sample, batch mean, in [0, 2].
+
+    The target gets no gradient. Computed in fp32: the vector has thousands of entries (M3HL, L_high).
+    """
+    cosine = F.cosine_similarity(features.float().flatten(1), target.detach().float().flatten(1), dim=1)
+    return 1 - cosine.mean()

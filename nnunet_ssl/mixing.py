@@ -1,0 +1,93 @@
+"""Masks that choose voxels, and the one function that mixes by them.
+
+Convention, said once: mask 1 keeps the first image, mask 0 takes the second one.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+MIN_CELL = 8  # voxels; thinner axes get fewer cells, so that a cell still shows the network some anatomy
+
+
+def grid_shape(patch: Sequence[int], cells: int) -> tuple[int, ...]:
+    """Cells per axis of a block grid: `cells` where every cell keeps at least MIN_CELL voxels, else fewer (>= 1)."""
+    return tuple(max(1, min(cells, size // MIN_CELL)) for size in patch)
+
+
+def block_mask(
+    batch_size: int,
+    patch: Sequence[int],
+    *,
+    cells: int = 4,
+    ratio: float = 0.5,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Random block masks, one per sample, in which a fixed number of the grid's cells is 0.
+
+    Source: M3HL, section 2.2 (4 x 4 x 4 blocks of 28 x 28 x 20 voxels on a patch of 112 x 112 x 80, half of them 0).
+    The grid is defined by count, so that every patch size works: cell edges are rounded, thin axes have fewer cells.
+
+    Args:
+        batch_size: number of masks; 0 gives an empty tensor.
+        patch: spatial shape in voxels, two or three axes.
+        cells: cells per axis.
+        ratio: part of the cells that is 0, in [0, 1]; rounded to whole cells, at least one cell of each value
+            remains where the grid has two or more.
+        device: where the masks are made (no copy from the host).
+        generator: source of randomness on `device`; default is torch's global one.
+
+    Returns:
+        Bool tensor of shape (batch_size, 1, *patch).
+
+    Raises:
+        ValueError: ratio outside [0, 1], or cells < 1.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"The mask ratio must lie in [0, 1], it is {ratio}.")
+    if cells < 1:
+        raise ValueError(f"A block mask needs at least one cell per axis, not {cells}.")
+    grid = grid_shape(patch, cells)
+    total = prod(grid)
+    zeros = round(ratio * total)
+    if total > 1 and 0 < ratio < 1:
+        zeros = min(max(zeros, 1), total - 1)
+    # the rank of independent uniform numbers is a uniformly random permutation, for all samples at once
+    noise = torch.rand((batch_size, total), device=device, generator=generator)
+    mask = (noise.argsort(1).argsort(1) >= zeros).view(batch_size, 1, *grid)
+    for axis, (size, count) in enumerate(zip(patch, grid, strict=True), start=2):
+        mask = mask.index_select(axis, _cell_of_voxel(size, count, mask.device))
+    return mask
+
+
+@cache  # a tensor made from a list is a copy from the host, which the training step should not wait for
+def _cell_of_voxel(size: int, count: int, device: torch.device) -> Tensor:
+    """Index of the cell that each of `size` voxels lies in, edges at round(i * size / count)."""
+    edges = torch.tensor([round(i * size / count) for i in range(1, count)], device=device, dtype=torch.long)
+    return torch.bucketize(torch.arange(size, device=device), edges, right=True)
+
+
+def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    """Takes each voxel from `first` where the mask is 1 and from `second` where it is 0.
+
+    The same call mixes images (B, C, *spatial), targets (B, 1, *spatial) and weight maps, so that they agree.
+
+    Raises:
+        ValueError: the shapes of first and second differ (broadcasting would hide a mistake).
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"Only tensors of the same shape can be mixed, got {first.shape} and {second.shape}.")
+    return torch.where(mask.bool(), first, second)
+
+
+def halves(x: Tensor) -> Tensor:
+    """The first and the second half of a batch, one after the other: (B, ...) to (B or B + 1, ...).
+
+    Both halves have ceil(B / 2) samples, so with an odd B the middle sample is in both of them.
+    """
+    odd = len(x) % 2
+    return torch.cat([x[: len(x) // 2 + 1], x[len(x) // 2 :]]) if odd else x

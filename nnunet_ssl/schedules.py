@@ -1,0 +1,19 @@
+"""Numbers that change over the training, as functions of the step."""
+
+import math
+
+
+def sigmoid_rampup(step: float, length: float) -> float:
+    """exp(-5 (1 - step / length)^2), clipped to [e^-5, 1]; 1 for length 0 (Laine & Aila 2017, arXiv:1610.02242)."""
+    if length <= 0:
+        return 1.0
+    progress = min(max(step / length, 0.0), 1.0)
+    return math.exp(-5.0 * (1.0 - progress) ** 2)
+
+
+def warmup_decay(step: int, decay: float) -> float:
+    """EMA decay min(1 - 1 / (step + 1), decay): at step 0 the teacher becomes a copy of the student.
+
+    Source: Tarvainen & Valpola 2017 (arXiv:1703.01780), released code. `step` counts optimizer steps before this one.
+    """
+    return min(1.0 - 1.0 / (step + 1.0), decay)

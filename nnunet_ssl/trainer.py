@@ -1,0 +1,460 @@
+"""SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
+
+import csv
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, autocast, nn
+
+from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
+from nnunet_ssl.networks import unwrap
+
+CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
+STOCK_SETTINGS = (  # nnU-Net sets these in __init__; as class attributes of a trainer they win
+    "num_epochs",
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "probabilistic_oversampling",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "enable_deep_supervision",
+    "save_every",
+)
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with an unlabeled stream; a method overrides four short functions.
+
+    A method may use `self.network` (the student), `self.companions.<name>`, `self.loss` (nnU-Net's), `self.step`
+    (optimizer steps taken) and `self.max_steps`. Its hyperparameters are class attributes. It derives from this class
+    directly and has no `__init__`.
+    """
+
+    weak_view = False  # also give the method every unlabeled crop with spatial augmentation only
+
+    # ---- what a method overrides ----
+
+    def build_companions(self) -> dict[str, nn.Module]:
+        """Networks beside `self.network`: teachers (frozen, in eval mode) or further students, by name."""
+        return {}
+
+    def losses(self, batch: Batch) -> Iterable[dict[str, Tensor]]:
+        """Yields dicts of named, weighted scalar terms; the terms of one dict share one forward graph.
+
+        Each dict is back-propagated and its graph freed before the next one is asked for, so the peak memory is that
+        of the largest graph and the update that of the sum of all terms.
+        """
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Runs after every optimizer step, before `self.step` is raised: moving averages."""
+
+    def inference_network(self) -> nn.Module:
+        """The network that is validated and saved as `network_weights`."""
+        return self.network
+
+    # ---- set-up ----
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):  # noqa: B008, the signature is nnU-Net's
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        for name in STOCK_SETTINGS:
+            if hasattr(type(self), name):
+                setattr(self, name, getattr(type(self), name))
+        self.step = 0
+        self.companions = SimpleNamespace()
+        self._resume_rng = None
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    def initialize(self) -> None:
+        self._refuse_unsupported()
+        super().initialize()
+        self.companions = SimpleNamespace(**self.build_companions())
+
+    def _refuse_unsupported(self) -> None:
+        name = type(self).__name__
+        unsupported = {
+            "training on several GPUs (-num_gpus)": self.is_ddp,
+            "cascades (3d_cascade_fullres)": self.is_cascaded,
+            "region-based training": self.label_manager.has_regions,
+            "the ignore label": self.label_manager.has_ignore_label,
+        }
+        for feature, present in unsupported.items():
+            if present:
+                raise NotImplementedError(f"{name} does not support {feature} yet. Use nnUNetTrainer for this dataset.")
+        architecture = self.configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
+        if architecture not in ("PlainConvUNet", "ResidualEncoderUNet"):
+            raise NotImplementedError(
+                f"{name} needs a PlainConvUNet or a ResidualEncoderUNet, the plans ask for {architecture}."
+            )
+
+    def do_split(self):
+        if self.fold != "all":
+            path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+            folds = load_json(str(path)) if path.is_file() else None
+            if folds is not None and self.fold >= len(folds):
+                # nnU-Net would draw a random split of all cases here, those meant to stay unlabeled among them
+                raise ValueError(f"Fold {self.fold} does not exist: {path} has the folds 0 to {len(folds) - 1}.")
+        return super().do_split()
+
+    def unlabeled_files(self, train_cases: list[str], val_cases: list[str]) -> dict[str, Path]:
+        """Identifier to preprocessed image of this fold's unlabeled cases, from both sources.
+
+        Raises:
+            FileNotFoundError: there is none; the message has both ways to provide them.
+            ValueError: a case is labeled or for validation as well.
+        """
+        base = Path(self.preprocessed_dataset_folder_base)
+        path = base / "splits_final.json"
+        listed = load_json(str(path))[self.fold].get("unlabeled", []) if self.fold != "all" else []
+        files = find_unlabeled(base, self.configuration_manager.data_identifier, listed)
+        for kind, cases in (("training", train_cases), ("validation", val_cases)):
+            shared = sorted(set(files) & set(cases))
+            if shared:
+                raise ValueError(f"{path}: unlabeled cases of fold {self.fold} are {kind} cases too: {shared[:5]}.")
+        if not files:
+            dataset, number = self.plans_manager.dataset_name, self.plans_manager.dataset_name[7:10]
+            raise FileNotFoundError(
+                f"{dataset} has no unlabeled cases for fold {self.fold}. There are two ways to provide them:\n"
+                f"  1. Put the scans into nnUNet_raw/{dataset}/imagesUn, as CASE_0000{self.dataset_json['file_ending']}, "
+                f"without label files, and run\n"
+                f"     nnunet-ssl preprocess -d {number} -c {self.configuration_name} -p {self.plans_manager.plans_name}\n"
+                f'  2. To hide labels of a labeled dataset (benchmark), write folds with an "unlabeled" list:\n'
+                f"     nnunet-ssl split -d {number} --labeled 8 --overwrite"
+            )
+        return files
+
+    def get_dataloaders(self):
+        # nnU-Net's method with one change: the training loader is paired with the unlabeled one, in the same workers
+        self.dataset_class = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)
+        if not issubclass(self.dataset_class, nnUNetDatasetBlosc2):
+            raise NotImplementedError(
+                f"{self.preprocessed_dataset_folder} was preprocessed by an old nnU-Net. Run nnUNetv2_preprocess again."
+            )
+        patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        transforms = self.get_training_transforms(
+            patch_size,
+            rotation,
+            scales,
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            foreground_labels=self.label_manager.foreground_labels,
+        )
+        val_transforms = self.get_validation_transforms(scales, foreground_labels=self.label_manager.foreground_labels)
+        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        files = self.unlabeled_files(dataset_tr.identifiers, dataset_val.identifiers)
+
+        sampling = {
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+            "probabilistic_oversampling": self.probabilistic_oversampling,
+        }
+        labeled = nnUNetDataLoader(
+            dataset_tr,
+            self.batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=transforms,
+            **sampling,
+        )
+        unlabeled = UnlabeledDataLoader(
+            UnlabeledDataset(files),
+            self.batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            transforms,
+            self.weak_view,
+        )
+        validation = nnUNetDataLoader(
+            dataset_val,
+            self.batch_size,
+            patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=val_transforms,
+            **sampling,
+        )
+        self._log_data(len(dataset_tr.identifiers), len(files), len(dataset_val.identifiers))
+
+        workers = get_allowed_n_proc_DA()
+        train = _augmenter(PairedDataLoader(labeled, unlabeled), workers, max(6, workers // 2), self.device)
+        val = _augmenter(validation, (workers + 1) // 2, max(3, workers // 4), self.device)
+        next(train)
+        next(val)
+        return train, val
+
+    def _log_data(self, labeled: int, unlabeled: int, validation: int) -> None:
+        settings = {
+            name: getattr(self, name)
+            for cls in type(self).__mro__[: type(self).__mro__.index(SemiSupervisedTrainer) + 1]
+            for name, value in vars(cls).items()
+            if not name.startswith("_") and isinstance(value, int | float | str | bool)
+        }
+        self.print_to_log_file(
+            f"Cases: {labeled} labeled, {unlabeled} unlabeled, {validation} for validation.\n"
+            f"Every batch: {self.batch_size} labeled and {self.batch_size} unlabeled patches of "
+            f"{list(self.configuration_manager.patch_size)} voxels; {self.max_steps} steps.\n"
+            f"{type(self).__name__}: " + ", ".join(f"{name} = {value}" for name, value in sorted(settings.items())),
+            add_timestamp=False,
+        )
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        super().set_deep_supervision_enabled(enabled)
+        for network in vars(self.companions).values():
+            unwrap(network).decoder.deep_supervision = enabled
+
+    # ---- training ----
+
+    def on_train_start(self) -> None:
+        fresh = self.current_epoch == 0 and self.step == 0
+        if fresh and self.was_initialized:
+            # weights given by -pretrained_weights were loaded after initialize: start the companions from them
+            self.companions = SimpleNamespace(**self.build_companions())
+        super().on_train_start()
+        self._trim_losses_csv()
+        if self._resume_rng is not None:
+            # the loaders have drawn their first batch by now
+            _set_rng_state(self._resume_rng)
+            self._resume_rng = None
+
+    def run_training(self) -> None:
+        try:
+            super().run_training()
+        finally:
+            # nnU-Net leaves its workers behind when it is interrupted
+            for loader in (self.dataloader_train, self.dataloader_val):
+                if isinstance(loader, NonDetMultiThreadedAugmenter):
+                    loader._finish()
+
+    def train_step(self, batch: dict) -> dict:
+        batch = self._to_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        losses = iter(self.losses(batch))
+        while True:
+            # as in nnU-Net: autocast only where there is CUDA; the backward pass runs outside of it
+            with autocast("cuda") if self.device.type == "cuda" else nullcontext():
+                group = next(losses, None)
+                total = None if group is None else sum(group.values())
+            if group is None:
+                break
+            if self.grad_scaler is not None:
+                self.grad_scaler.scale(total).backward()
+            else:
+                total.backward()
+            for name, value in group.items():
+                terms[name] = terms.get(name, 0) + value.detach()
+            del group, total
+        self._update_weights()
+        self.after_step()
+        self.step += 1
+        # one copy to the host for all terms, where nnU-Net has one for its loss
+        values = torch.stack([value.float() for value in terms.values()]).cpu().numpy()
+        return {"loss": values.sum(), **dict(zip(terms, values, strict=True))}
+
+    def _to_device(self, batch: dict) -> Batch:
+        def move(x):
+            return [move(i) for i in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
+
+        return Batch(
+            image=move(batch["data"]),
+            target=move(batch["target"]),
+            unlabeled=move(batch["unlabeled"]),
+            unlabeled_weak=move(batch["unlabeled_weak"]) if self.weak_view else None,
+        )
+
+    def _update_weights(self) -> None:
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        for network in self.students():
+            nn.utils.clip_grad_norm_(network.parameters(), 12)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+
+    def students(self) -> list[nn.Module]:
+        """The networks that the optimizer trains: `self.network` and companions that require gradients."""
+        companions = vars(self.companions).values()
+        return [self.network, *(c for c in companions if any(p.requires_grad for p in c.parameters()))]
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        means = {name: float(np.mean(values)) for name, values in outputs.items()}
+        self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        path = Path(self.output_folder) / "losses.csv"
+        new = not path.is_file()
+        with path.open("a", newline="") as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(["epoch", *means])
+            writer.writerow([self.current_epoch, *means.values()])
+
+    def _trim_losses_csv(self) -> None:
+        """Drops rows of epochs that a resumed (or a new) training is going to write again."""
+        path = Path(self.output_folder) / "losses.csv"
+        if not path.is_file():
+            return
+        with path.open(newline="") as f:
+            header, *rows = csv.reader(f)
+        kept = [row for row in rows if int(row[0]) < self.current_epoch]
+        if kept:
+            with _replacing(path) as temporary, open(temporary, "w", newline="") as f:
+                csv.writer(f).writerows([header, *kept])
+        else:
+            path.unlink()
+
+    # ---- validation with the deployed network ----
+
+    @contextmanager
+    def _deployed(self) -> Iterator[None]:
+        student = self.network
+        self.network = self.inference_network()
+        try:
+            yield
+        finally:
+            self.network = student
+
+    def on_validation_epoch_start(self) -> None:
+        with self._deployed():
+            super().on_validation_epoch_start()
+
+    def validation_step(self, batch: dict) -> dict:
+        with self._deployed():
+            return super().validation_step(batch)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        with self._deployed():
+            super().perform_actual_validation(save_probabilities)
+
+    # ---- checkpoints ----
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        stock = io.BytesIO()
+        super().save_checkpoint(stock)
+        stock.seek(0)
+        checkpoint = torch.load(stock, map_location="cpu", weights_only=False)
+        networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
+        deployed = unwrap(self.inference_network())
+        # tensors that are shared between the entries are stored once
+        states = {name: network.state_dict() for name, network in networks.items()}
+        name = next(name for name, network in networks.items() if network is deployed)
+        checkpoint["network_weights"] = states[name]
+        checkpoint[CHECKPOINT_KEY] = {
+            "inference_network": name,
+            "step": self.step,
+            "student": states.pop("student"),
+            "companions": states,
+            "rng": _get_rng_state(),
+        }
+        with _replacing(Path(filename)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(CHECKPOINT_KEY)
+        if state is None:  # written by stock nnU-Net: the companions start from its weights
+            self.companions = SimpleNamespace(**self.build_companions())
+            self.step = self.current_epoch * self.num_iterations_per_epoch
+            return
+        unwrap(self.network).load_state_dict(state["student"])
+        for name, network in vars(self.companions).items():
+            unwrap(network).load_state_dict(state["companions"][name])
+        self.step = state["step"]
+        self._resume_rng = state["rng"]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` only when the block has succeeded."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _get_rng_state() -> dict:
+    """States of all generators that augmentation and methods draw from, as plain tensors and numbers."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, torch.tensor(internal), gauss],
+    }
+
+
+def _set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+
+
+def _augmenter(loader, workers: int, cached: int, device: torch.device):
+    if workers == 0:
+        return SingleThreadedAugmenter(loader, None)
+    pin = device.type == "cuda"
+    return NonDetMultiThreadedAugmenter(loader, None, workers, cached, pin_memory=pin, wait_time=0.002)
+
+
+def epoch_variants(module: dict):
+    """Module-level `__getattr__` that makes `<trainer>_<N>epochs` of the module's trainers when nnU-Net asks for them.
+
+    Args:
+        module: `globals()` of a trainer file.
+    """
+
+    def find(name: str) -> type:
+        base, _, ending = name.rpartition("_")
+        number = ending.removesuffix("epochs")
+        trainer = module.get(base)
+        if not (isinstance(trainer, type) and ending.endswith("epochs") and number.isdecimal() and int(number) > 0):
+            raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        attributes = {"num_epochs": int(number), "__module__": trainer.__module__, "__doc__": trainer.__doc__}
+        return type(name, (trainer,), attributes)
+
+    return find

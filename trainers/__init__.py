@@ -1,0 +1,1 @@
+"""One file, one paper, one nnU-Net trainer."""

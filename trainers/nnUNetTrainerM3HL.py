@@ -1,0 +1,78 @@
+"""M3HL: mutual mask mix with high-low level feature consistency (2025).
+
+Differs from the paper and its released code on purpose: masks are drawn per sample by count and really applied (the
+released LA script returns masks of ones), the teacher starts as a copy of the student (released: an independent random
+network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), and the teacher sees a
+weak view (spatial augmentation only).
+"""
+
+import torch
+
+from nnunet_ssl.losses import feature_cosine, feature_l1, masked_loss
+from nnunet_ssl.mixing import block_mask, halves, mix
+from nnunet_ssl.networks import forward_with_features, frozen_copy, update_ema
+from nnunet_ssl.pseudo_labels import hard_labels, keep_largest_component
+from nnunet_ssl.schedules import warmup_decay
+from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
+
+
+class nnUNetTrainerM3HL(SemiSupervisedTrainer):
+    """M3HL: labeled and unlabeled scans mixed by random block masks, feature consistency with an EMA teacher."""
+
+    mask_cells = 4  # cells of the block grid per axis
+    mask_ratio = 0.5  # part of the cells that the second image of a mix fills
+    pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
+    feature_weight = 0.5  # lambda: weight of L_low + L_high, relative to cross entropy + Dice (nnU-Net's scaling)
+    feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
+    largest_component = False  # clean pseudo labels: keep the largest component per class
+    teacher_decay = 0.99  # of the EMA, per step, after the warm-up
+    weak_view = True
+
+    def build_companions(self):
+        return {"teacher": frozen_copy(self.network)}
+
+    def losses(self, batch):
+        with torch.no_grad():
+            output, teacher_skips = forward_with_features(self.companions.teacher, batch.unlabeled_weak)
+        pseudo = hard_labels(output[0] if isinstance(output, list) else output)
+        if self.largest_component:
+            pseudo = keep_largest_component(pseudo)
+
+        # b is mixed with the complement of a's masks
+        half = (len(batch.image) + 1) // 2
+        mask = block_mask(
+            half, batch.image.shape[2:], cells=self.mask_cells, ratio=self.mask_ratio, device=batch.image.device
+        )
+        mask = torch.cat([mask, ~mask])
+        image = mix(halves(batch.image), halves(batch.unlabeled), mask)
+        target = mix(halves(batch.labels), halves(pseudo).to(batch.labels.dtype), mask)
+
+        output, skips = forward_with_features(self.network, image)
+        terms = {
+            "labeled": masked_loss(self.loss, output, target, mask),
+            "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask),
+        }
+        if self.feature_weight:
+            low, high = skips[1], skips[-1]
+            teacher_low, teacher_high = halves(teacher_skips[1]), halves(teacher_skips[-1])
+            a, b = slice(0, half), slice(half, None)
+            pairs = [(a, a), (b, b)] + ([(a, b), (b, a)] if self.feature_pairs == "all" else [])
+            weight = self.feature_weight / len(pairs)
+            terms["low"] = weight * sum(feature_l1(low[s], teacher_low[t]) for s, t in pairs)
+            terms["high"] = weight * sum(feature_cosine(high[s], teacher_high[t]) for s, t in pairs)
+        yield terms
+
+    def after_step(self):
+        update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))
+
+    def inference_network(self):
+        return self.companions.teacher
+
+
+class nnUNetTrainerM3(nnUNetTrainerM3HL):
+    """M3: M3HL's mutual mask mix without the feature terms."""
+
+    feature_weight = 0.0
+
+
+__getattr__ = epoch_variants(globals())
