@@ -67,18 +67,18 @@ def add_configuration(dataset: str, protocol: str) -> str:
     return name
 
 
-def train(args, dataset: str, configuration: str, name: str, fold: int) -> tuple[Path, float]:
+def train(args, dataset: str, configuration: str, trainer_name: str, name: str, fold: int) -> tuple[Path, float]:
     """Trains unless it is done already; returns the fold's folder and the seconds per step."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     folder = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}"
-    trainer = get_trainer_from_args(dataset, configuration, fold, args.trainer, device=torch.device(args.device))
+    trainer = get_trainer_from_args(dataset, configuration, fold, trainer_name, device=torch.device(args.device))
     trainer.num_iterations_per_epoch = 250
     trainer.num_epochs = args.steps // 250
     trainer.num_val_iterations_per_epoch = 5  # monitoring only
     for key, value in args.settings.items():
         if not hasattr(trainer, key):
-            raise SystemExit(f"{args.trainer} has no setting {key}.")
+            raise SystemExit(f"{trainer_name} has no setting {key}.")
         setattr(trainer, key, value)
     trainer.output_folder_base = str(folder)
     trainer.output_folder = str(folder / f"fold_{fold}")
@@ -109,14 +109,9 @@ def predict(args, dataset: str, configuration: str, name: str, fold: int, checkp
     output = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}" / f"test_{fold}_{checkpoint}"
     shutil.rmtree(output, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    subprocess.run(
-        ["nnUNetv2_predict", "-d", dataset, "-c", configuration, "-f", str(fold), "-tr", name, "-chk", checkpoint]
-        + ["-i", str(raw / "imagesTs"), "-o", str(output), "-device", args.device, "-npp", "1", "-nps", "1"]
-        + ["--disable_progress_bar"],
-        check=True,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
+    command = f"nnUNetv2_predict -d {dataset} -c {configuration} -f {fold} -tr {name} -chk {checkpoint} -npp 1 -nps 1"
+    command = [*command.split(), "-device", args.device, "-i", str(raw / "imagesTs"), "-o", str(output)]
+    subprocess.run([*command, "--disable_progress_bar"], check=True, env=environment, stdout=subprocess.DEVNULL)
     compute_metrics_on_folder_simple(str(raw / "labelsTs"), str(output), [1], num_processes=1)
     cases = json.loads((output / "summary.json").read_text())["metric_per_case"]
     return {Path(c["prediction_file"]).name.split(".")[0]: 100 * c["metrics"]["1"]["Dice"] for c in cases}
@@ -131,7 +126,7 @@ def record(args, name: str, fold: int, labeled: int, network: str, seconds: floa
     rows = []
     if path.is_file():
         with path.open(newline="") as f:
-            rows = [r for r in csv.reader(f)][1:]
+            rows = list(csv.reader(f))[1:]
     rows = [r for r in rows if r[:6] != [str(x) for x in run]]
     rows += [[str(x) for x in run] + [f"{seconds:.3f}", case, f"{value:.2f}"] for case, value in sorted(dice.items())]
     temporary = path.with_suffix(f".{os.getpid()}")
@@ -178,12 +173,12 @@ def main() -> None:
     configuration = add_configuration(dataset, args.protocol)
     splits = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())
     for fold in args.folds:
-        for args.trainer in args.trainers:
-            name = args.trainer + suffix + (f"-seed={args.seed}" if args.seed else "")
-            folder, seconds = train(args, dataset, configuration, name, fold)
+        for trainer in args.trainers:
+            name = trainer + suffix + (f"-seed={args.seed}" if args.seed else "")
+            folder, seconds = train(args, dataset, configuration, trainer, name, fold)
             for network, checkpoint in checkpoints(folder).items():
                 dice = predict(args, dataset, configuration, name, fold, checkpoint)
-                record(args, args.trainer + suffix, fold, len(splits[fold]["train"]), network, seconds, dice)
+                record(args, trainer + suffix, fold, len(splits[fold]["train"]), network, seconds, dice)
                 print(f"{name}, fold {fold}, {network}: Dice {statistics.mean(dice.values()):.2f}", flush=True)
 
 

@@ -163,6 +163,8 @@ def _check_unlabeled(
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunet_ssl.preprocessing import unlabeled_folder
+
     if not all(os.environ.get(name) for name in FOLDERS):
         text = "not looked for, as long as the folders above are not set"
         yield Check(f"dataset {dataset}", False, text, "set the three folders first, then run this again")
@@ -192,18 +194,18 @@ def _check_unlabeled(
             text = f"{plans_identifier} has no such configuration"
             yield Check(title, False, text, f"choose one of {', '.join(folders)}")
             continue
-        folder = preprocessed / folders[configuration]
         images_un = Path(os.environ["nnUNet_raw"], name, "imagesUn")
         ours = f"nnunet-ssl preprocess -d {dataset} -c {configuration} -p {plans_identifier}"
         stock = f"nnUNetv2_preprocess -d {dataset} -c {configuration} -plans_name {plans_identifier}"
         found = [
-            *_check_images_un(title, images_un, folder.with_name(f"{folder.name}_unlabeled"), ours),
-            *_check_splits(title, preprocessed / "splits_final.json", folder, fold, stock),
+            *_check_images_un(title, images_un, unlabeled_folder(preprocessed, folders[configuration]), ours),
+            *_check_splits(title, preprocessed / folders[configuration], fold, stock),
         ]
         if not found:
             where = "any fold" if fold is None else f"fold {fold}"
             text = f'no unlabeled cases: neither {images_un} nor an "unlabeled" list in {where} of splits_final.json'
-            fix = f"put scans (CASE_0000, no labels) into {images_un}, then run: {ours}"
+            split = f"nnunet-ssl split -d {dataset} --labeled N"
+            fix = f"put scans into {images_un}, then run: {ours} (or hide the labels of some cases: {split})"
             found = [Check(title, False, text, fix)]
         yield from found
 
@@ -212,19 +214,24 @@ def _check_images_un(title: str, images_un: Path, folder: Path, fix: str) -> Ite
     """Every case of imagesUn is preprocessed into `folder`; nothing when there are no cases in either."""
     from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+    from nnunet_ssl.preprocessing import finished_cases
+
     raw = set()
     if images_un.is_dir():
         ending = json.loads((folder.parent / "dataset.json").read_text())["file_ending"]
         raw.update(get_identifiers_from_splitted_dataset_folder(str(images_un), ending))
-    finished = _finished_cases(folder)
+    finished = finished_cases(folder)
     if raw or finished:
         missing = len(raw - finished)
         text = f"imagesUn: {len(raw)} cases, {len(finished)} finished in {folder.name}"
         yield Check(title, not missing, text + (f", {missing} missing" if missing else ""), fix)
 
 
-def _check_splits(title: str, splits_file: Path, folder: Path, fold: int | None, fix: str) -> Iterator[Check]:
-    """The unlabeled cases of the folds are preprocessed; nothing when no fold has any."""
+def _check_splits(title: str, folder: Path, fold: int | None, fix: str) -> Iterator[Check]:
+    """The unlabeled cases of the folds are preprocessed in `folder`; nothing when no fold has any."""
+    from nnunet_ssl.preprocessing import finished_cases
+
+    splits_file = folder.parent / "splits_final.json"
     folds = json.loads(splits_file.read_text()) if splits_file.is_file() else []
     if fold is not None and folds and not 0 <= fold < len(folds):
         text = f"there is no fold {fold} in {splits_file}"
@@ -232,12 +239,7 @@ def _check_splits(title: str, splits_file: Path, folder: Path, fold: int | None,
     for index, cases in enumerate(folds):
         unlabeled = set(cases.get("unlabeled", ()))
         if unlabeled and fold in (None, index):
-            missing = len(unlabeled - _finished_cases(folder))
+            missing = len(unlabeled - finished_cases(folder))
             text = f"fold {index}: {len(unlabeled)} unlabeled cases in splits_final.json"
             text += f", {missing} of them missing in {folder.name}" if missing else ""
             yield Check(title, not missing, text, fix)
-
-
-def _finished_cases(folder: Path) -> set[str]:
-    """The cases that are preprocessed to the end: nnU-Net writes a case's .pkl file last."""
-    return {file.stem for file in folder.glob("*.pkl")}

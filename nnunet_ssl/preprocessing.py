@@ -290,7 +290,7 @@ def geometry(image: np.ndarray, properties: dict[str, Any]) -> dict[str, Any]:
     details = {key: value for stuff in properties.values() if isinstance(stuff, dict) for key, value in stuff.items()}
     details.pop("original_orientation", None)  # these two are of the file: readers that reorient compare the result
     if "reoriented_affine" in details:
-        del details["original_affine"]
+        details.pop("original_affine", None)
     return {"shape": image.shape[1:], **details, "spacing": properties["spacing"]}
 
 

@@ -77,8 +77,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         configuration: str,
         fold: int,
         dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):  # noqa: B008, the signature is nnU-Net's
+        device: torch.device = torch.device("cuda"),  # noqa: B008, the signature is nnU-Net's
+    ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         for name in STOCK_SETTINGS:
             if hasattr(type(self), name):
@@ -139,12 +139,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if shared:
                 raise ValueError(f"{path}: unlabeled cases of fold {self.fold} are {kind} cases too: {shared[:5]}.")
         if not files:
-            dataset, number = self.plans_manager.dataset_name, self.plans_manager.dataset_name[7:10]
+            plans, configuration = self.plans_manager, self.configuration_name
+            dataset, number = plans.dataset_name, plans.dataset_name[7:10]
+            file = f"CASE_0000{self.dataset_json['file_ending']}"
             raise FileNotFoundError(
                 f"{dataset} has no unlabeled cases for fold {self.fold}. There are two ways to provide them:\n"
-                f"  1. Put the scans into nnUNet_raw/{dataset}/imagesUn, as CASE_0000{self.dataset_json['file_ending']}, "
-                f"without label files, and run\n"
-                f"     nnunet-ssl preprocess -d {number} -c {self.configuration_name} -p {self.plans_manager.plans_name}\n"
+                f"  1. Put the scans into nnUNet_raw/{dataset}/imagesUn, as {file}, without label files, and run\n"
+                f"     nnunet-ssl preprocess -d {number} -c {configuration} -p {plans.plans_name}\n"
                 f'  2. To hide labels of a labeled dataset (benchmark), write folds with an "unlabeled" list:\n'
                 f"     nnunet-ssl split -d {number} --labeled 8 --overwrite"
             )

@@ -4,6 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from nnunet_ssl.autoregister import register
 
 # Set while pytest loads this file, before any test imports nnunetv2.
@@ -19,3 +21,32 @@ register()
 
 def pytest_unconfigure():
     _ROOT.cleanup()
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> Path:
+    """Dataset701_Tiny, preprocessed in 2d and 3d_fullres: 2 labeled, 1 for validation, 4 + 2 unlabeled, 1 test scan.
+
+    The unlabeled cases come from both sources: 4 of the fold's list, 2 of imagesUn. Returns the preprocessed folder.
+    """
+    return make_tiny_dataset(701, "Tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_residual_dataset() -> Path:
+    """Dataset702_TinyResidual: the same with residual encoder networks."""
+    return make_tiny_dataset(702, "TinyResidual", residual=True)
+
+
+def make_tiny_dataset(number: int, name: str, residual: bool = False) -> Path:
+    from tiny import make_raw_dataset, plan
+
+    from nnunet_ssl.preprocessing import preprocess_unlabeled
+    from nnunet_ssl.splits import save_splits
+
+    make_raw_dataset(number, name, cases=7, unlabeled=2, test=1)
+    folder = plan(number, residual=residual)
+    cases = [f"case_{i:03d}" for i in range(7)]
+    save_splits(folder / "splits_final.json", [{"train": cases[:2], "val": cases[2:3], "unlabeled": cases[3:]}])
+    preprocess_unlabeled(str(number), ["2d", "3d_fullres"], num_processes=1)
+    return folder

@@ -39,7 +39,7 @@ def dataset(monkeypatch, tmp_path):
     }
     (folder / "nnUNetPlans.json").write_text(json.dumps({"configurations": configurations}))
     (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
-    touch(folder / "plans_3d", "case_0.pkl", "case_1.pkl", "case_2.pkl", "case_2.b2nd")
+    touch(folder / "plans_3d", *case_files("case_0"), *case_files("case_1"), *case_files("case_2"))
     monkeypatch.setattr(doctor_module, "_check_trainers", lambda: [])  # slow, and tested by itself
     return folder
 
@@ -48,6 +48,10 @@ def touch(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).touch()
+
+
+def case_files(case):
+    return [case + ending for ending in ("_seg.b2nd", ".b2nd", ".pkl")]
 
 
 def raw(dataset):
@@ -145,13 +149,13 @@ def test_no_unlabeled_cases_at_all_fails(capsys, dataset):
 
 def test_images_un_must_all_be_preprocessed(capsys, dataset):
     touch(raw(dataset) / "imagesUn", "u_0_0000.nii.gz", "u_0_0001.nii.gz", "u_1_0000.nii.gz", "u_2_0000.nii.gz")
-    touch(dataset / "plans_3d_unlabeled", "u_0.b2nd", "u_0.pkl", "u_1.b2nd", "u_1_seg.b2nd")  # u_1 was interrupted
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_0"), *case_files("u_1")[:2])  # u_1 was interrupted
     assert doctor("901", ["3d_fullres"]) == 1
     out = capsys.readouterr().out
     assert "3 cases, 1 finished in plans_3d_unlabeled, 2 missing" in out
     assert "-> nnunet-ssl preprocess -d 901 -c 3d_fullres" in out
 
-    touch(dataset / "plans_3d_unlabeled", "u_1.pkl", "u_2.b2nd", "u_2.pkl")
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_1"), *case_files("u_2"))
     assert doctor("901", ["3d_fullres"]) == 0
     assert "3 cases, 3 finished in plans_3d_unlabeled\n" in capsys.readouterr().out
 
@@ -174,7 +178,7 @@ def test_unlabeled_cases_of_a_fold_must_be_preprocessed(capsys, dataset):
 
 
 def test_without_a_configuration_the_preprocessed_ones_are_checked(capsys, dataset):
-    touch(dataset / "plans_3d_unlabeled", "u_0.pkl")
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_0"))
     assert doctor("901") == 0
     out = capsys.readouterr().out
     assert "Dataset901_Doctor 3d_fullres" in out

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +140,7 @@ def test_a_scan_is_preprocessed_like_the_same_scan_with_a_label(raw, folder, tmp
 def test_outside_of_the_body_is_minus_one_as_with_a_label_and_spacing_is_resampled(folder, tmp_path):
     rng = np.random.default_rng(1)
     images, label = tiny.make_case(rng, (24, 20, 22), 2, {"background": 0, "blob": 1})
-    images[:, :8, :9] = 0  # a corner without body
+    images[:, :6, :4] = 0  # a corner without body, away from the blob: resampled labels would shift its edge
     files = [tmp_path / f"case_{channel:04d}.nii.gz" for channel in range(2)]
     for file, image in zip(files, images, strict=True):
         tiny.write_image(file, image, spacing=(1, 1.5, 1))
@@ -356,13 +355,13 @@ def test_several_channels_in_one_file_are_counted_as_such(tmp_path):
     ]
 
 
-def test_readers_that_reorient_are_compared_after_it():
-    properties = {"nibabel_stuff": {"original_affine": 1, "reoriented_affine": 2}, "spacing": [1, 1, 1]}
-    assert geometry(np.zeros((1, 2, 3, 4)), properties) == {
-        "shape": (2, 3, 4),
-        "reoriented_affine": 2,
-        "spacing": [1, 1, 1],
-    }
+@pytest.mark.parametrize(
+    "stuff", [{"original_affine": 1, "reoriented_affine": 2}, {"original_orientation": "LPS", "reoriented_affine": 2}]
+)
+def test_readers_that_reorient_are_compared_after_it(stuff):
+    properties = {"stuff": stuff, "spacing": [1, 1, 1]}
+    expected = {"shape": (2, 3, 4), "reoriented_affine": 2, "spacing": [1, 1, 1]}
+    assert geometry(np.zeros((1, 2, 3, 4)), properties) == expected
 
 
 def test_spacing_files_of_tiff_scans_are_no_scans_and_no_strangers(tmp_path):
@@ -374,14 +373,16 @@ def test_spacing_files_of_tiff_scans_are_no_scans_and_no_strangers(tmp_path):
 # Interruptions and changes
 
 
-def test_a_restart_redoes_half_written_cases_and_keeps_the_others(folder):
+@pytest.mark.parametrize("lost", FILES)
+def test_a_restart_redoes_half_written_cases_and_keeps_the_others(folder, lost):
     preprocess()
     target = target_of(folder)
     complete = content(target)
     whole, half = CASES
     before = {suffix: (target / f"{whole}{suffix}").stat() for suffix in FILES}
-    (target / f"{half}.pkl").unlink()
-    (target / f"{half}.b2nd").write_bytes(b"torn")
+    for suffix in FILES:
+        (target / f"{half}{suffix}").write_bytes(b"torn")
+    (target / f"{half}{lost}").unlink()
     leftover = target.with_name(f"{target.name}.tmp")
     leftover.mkdir()
     (leftover / f"{half}.b2nd").write_bytes(b"torn")
@@ -458,13 +459,15 @@ def test_a_run_killed_between_two_files_and_restarted_gives_the_same_files(folde
         "replace, calls = os.replace, []\n"
         "def killed(*names):\n"
         "    calls.append(names)\n"
-        "    if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)\n"  # settings, one case, a part of the next
+        "    if len(calls) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"  # settings, one case, two files of the next
         "    replace(*names)\n"
         "os.replace = killed\n"
         f"preprocessing.preprocess_unlabeled('{DATASET}', ['3d_fullres'], num_processes=1)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
-    assert names_in(target) == {CASES[0] + suffix for suffix in FILES} | {f"{CASES[1]}_seg.b2nd"}
+    assert names_in(target) == {CASES[0] + suffix for suffix in FILES} | {
+        CASES[1] + suffix for suffix in ("_seg.b2nd", ".b2nd")
+    }
     preprocess()
     again = content(target)
     assert again.keys() == complete.keys()
@@ -487,13 +490,10 @@ def test_workers_end_when_their_parent_is_killed():
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, text=True, timeout=120)
+    # The workers hold this pipe too: it ends, within the time given, only when all of them have.
+    run = subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, timeout=120)
     assert run.returncode == -signal.SIGKILL
-    worker = Path("/proc") / run.stdout.strip()
-    deadline = time.monotonic() + 10
-    while worker.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not worker.exists()
+    assert int(run.stdout) > 0
 
 
 def test_a_case_that_fails_is_named():

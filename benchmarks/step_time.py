@@ -1,0 +1,107 @@
+"""Cost of a training step of our trainers against nnUNetTrainer's on the same plans: paired time ratio, peak memory.
+
+    python benchmarks/step_time.py -d 501 -c la_quick -tr nnUNetTrainerM3HL nnUNetTrainerM3 [--repeats 20]
+
+Time: both trainers live in one process and take turns, block by block, on batches that are in memory already; the
+ratio of every pair of blocks is taken, so that a machine whose speed drifts does not disturb it. Memory: each trainer
+in a process of its own, peak resident size on the CPU and peak allocated memory on a GPU, minus what the process had
+before the first step.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("nnUNet_n_proc_DA", "0")
+os.environ.setdefault("nnUNet_compile", "0")
+os.environ["nnUNet_results"] = tempfile.gettempdir()
+
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args
+
+BLOCK = 4  # steps between two turns
+
+
+def prepared(name: str, args) -> tuple:
+    trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, name, device=torch.device(args.device))
+    trainer.on_train_start()
+    trainer.network.train()
+    return trainer, [next(trainer.dataloader_train) for _ in range(BLOCK)]
+
+
+def seconds(trainer, batches) -> float:
+    begin = time.perf_counter()
+    for batch in batches:
+        trainer.train_step(batch)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / len(batches)
+
+
+def peak_memory(name: str, args, queue) -> None:
+    """Puts the growth of the peak memory in MiB during some steps into the queue; runs in a process of its own."""
+    torch.set_num_threads(args.threads)
+    trainer, batches = prepared(name, args)
+    cuda = trainer.device.type == "cuda"
+    before = 0 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds(trainer, batches)
+    after = (
+        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    queue.put(after - before)
+
+
+def memory(name: str, args) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=peak_memory, args=(name, args, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", dest="dataset", default="501")
+    parser.add_argument("-c", dest="configuration", default="la_quick")
+    parser.add_argument("-f", dest="fold", type=int, default=0)
+    parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainerM3HL", "nnUNetTrainerM3"])
+    parser.add_argument("-device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=20, help=f"pairs of blocks of {BLOCK} steps")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    stock, stock_batches = prepared("nnUNetTrainer", args)
+    stock_memory = memory("nnUNetTrainer", args)
+    lines = [
+        "| trainer | step / stock: median (min to max) | stock step | peak memory / stock |",
+        "|---|---|---|---|",
+    ]
+    for name in args.trainers:
+        trainer, batches = prepared(name, args)
+        seconds(stock, stock_batches), seconds(trainer, batches)  # warm-up
+        pairs = [(seconds(trainer, batches), seconds(stock, stock_batches)) for _ in range(args.repeats)]
+        ratios = sorted(ours / theirs for ours, theirs in pairs)
+        stock_seconds = statistics.median(theirs for _, theirs in pairs)
+        lines.append(
+            f"| {name} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
+            f"| {1000 * stock_seconds:.0f} ms | {memory(name, args) / stock_memory:.2f} ({stock_memory:.0f} MiB) |"
+        )
+    table = "\n".join(lines)
+    print(table)
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
+    header = f"Configuration `{args.configuration}`, {where}, torch {torch.__version__}.\n\n"
+    (results / f"step_time_{args.configuration}_{args.device}.md").write_text(header + table + "\n")
+
+
+if __name__ == "__main__":
+    main()

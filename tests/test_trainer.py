@@ -1,0 +1,391 @@
+"""The base trainer: what it does to nnU-Net's loop, whatever the method."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from training import make_trainer, seed
+
+from nnunet_ssl.networks import frozen_copy, logits
+from nnunet_ssl.trainer import CHECKPOINT_KEY, SemiSupervisedTrainer, epoch_variants
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+
+
+class TwoGraphs(SemiSupervisedTrainer):
+    """Two groups of terms, the second one on the unlabeled images; a companion that is trained is left out."""
+
+    num_epochs = 3
+    initial_lr = 0.02
+    factor = 0.5
+
+    def losses(self, batch):
+        yield {"supervised": self.loss(self.network(batch.image), batch.target)}
+        self.between = [p.grad.clone() for p in self.network.parameters() if p.grad is not None]
+        output = logits(self.network, batch.unlabeled)
+        yield {"small": self.factor * output.square().mean(), "flat": 0.1 * output.abs().mean()}
+
+
+def started(trainer, dataset, **settings):
+    seed()
+    made = make_trainer(trainer, dataset, **settings)
+    made.on_train_start()
+    made.network.train()
+    return made
+
+
+def read_csv(trainer):
+    with open(Path(trainer.output_folder) / "losses.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_every_group_is_back_propagated_before_the_next_one_and_the_gradients_add_up(tiny_dataset, monkeypatch):
+    trainer = started(TwoGraphs, tiny_dataset)
+    raw = next(trainer.dataloader_train)
+    batch = trainer._to_device(raw)
+    supervised = trainer.loss(trainer.network(batch.image), batch.target)
+    first = torch.autograd.grad(supervised, list(trainer.network.parameters()), allow_unused=True)
+    output = logits(trainer.network, batch.unlabeled)
+    total = trainer.loss(trainer.network(batch.image), batch.target)
+    total = total + 0.5 * output.square().mean() + 0.1 * output.abs().mean()
+    expected = torch.autograd.grad(total, list(trainer.network.parameters()), allow_unused=True)
+
+    seen = []
+    monkeypatch.setattr(trainer, "_update_weights", lambda: seen.extend(p.grad for p in trainer.network.parameters()))
+    result = trainer.train_step(raw)
+    torch.testing.assert_close(trainer.between, [g for g in first if g is not None])
+    torch.testing.assert_close(seen, list(expected))
+    assert result["loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert set(result) == {"loss", "supervised", "small", "flat"}
+
+
+def test_class_attributes_win_over_what_nnunet_sets_in_its_constructor(tiny_dataset):
+    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((tiny_dataset / "dataset.json").read_text())
+    trainer = TwoGraphs(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    assert (trainer.num_epochs, trainer.initial_lr, trainer.weight_decay) == (3, 0.02, 3e-5)
+    assert trainer.max_steps == 750
+
+
+def test_the_gradients_are_clipped_as_in_nnunet(tiny_dataset, monkeypatch):
+    clipped = []
+    trainer = started(TwoGraphs, tiny_dataset)
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append((len([*parameters]), norm))
+    )
+    trainer.train_step(next(trainer.dataloader_train))
+    assert clipped == [(len(list(trainer.network.parameters())), 12)]
+
+
+def test_losses_are_written_for_every_epoch_and_term(tiny_dataset):
+    seed()
+    trainer = make_trainer(TwoGraphs, tiny_dataset, num_epochs=2)
+    trainer.run_training()
+    rows = read_csv(trainer)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert list(rows[0]) == ["epoch", "loss", "supervised", "small", "flat"]
+    for row in rows:
+        total = sum(float(row[name]) for name in ("supervised", "small", "flat"))
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
+    assert [float(r["loss"]) for r in rows] == pytest.approx(trainer.logger.get_value("train_losses", None), rel=1e-5)
+    log = Path(trainer.log_file).read_text()
+    assert "Cases: 2 labeled, 6 unlabeled, 1 for validation." in log
+    assert "Every batch: 2 labeled and 2 unlabeled patches of [16, 16, 16] voxels; 4 steps." in log
+    assert "factor = 0.5" in log
+
+
+def test_the_teacher_is_validated_and_deployed_and_the_student_kept(tiny_dataset, tmp_path):
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    for _ in range(2):
+        trainer.train_step(next(trainer.dataloader_train))
+    batch = next(trainer.dataloader_val)
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        shown = trainer.validation_step({k: [t.clone() for t in v] if k == "target" else v for k, v in batch.items()})
+        teacher = trainer.loss(trainer.companions.teacher(batch["data"]), batch["target"])
+        student = trainer.loss(trainer.network(batch["data"]), batch["target"])
+    assert shown["loss"] == pytest.approx(teacher.item(), rel=1e-5)
+    assert shown["loss"] != pytest.approx(student.item(), rel=1e-5)
+    assert trainer.network.training  # the student was not switched to eval mode in passing
+
+    trainer.logger.local_logger.my_fantastic_logging["mean_fg_dice"].append(0.0)
+    trainer.save_checkpoint(str(tmp_path / "c.pth"))
+    state = torch.load(tmp_path / "c.pth", weights_only=False)
+    ours = state[CHECKPOINT_KEY]
+    assert ours["inference_network"] == "teacher"
+    name = "encoder.stages.0.0.convs.0.conv.weight"
+    assert torch.equal(state["network_weights"][name], trainer.companions.teacher.state_dict()[name])
+    assert torch.equal(ours["student"][name], trainer.network.state_dict()[name])
+    # the deployed weights are stored once, not a second time under companions
+    shared = state["network_weights"][name].untyped_storage().data_ptr()
+    assert ours["companions"]["teacher"][name].untyped_storage().data_ptr() == shared
+
+
+def test_pretrained_weights_reach_the_companions(tiny_dataset):
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset)
+    trainer.initialize()
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.fill_(0.01)  # what nnU-Net does to self.network for -pretrained_weights
+    trainer.on_train_start()
+    assert all((p == 0.01).all() for p in trainer.companions.teacher.parameters())
+
+
+def test_a_stock_checkpoint_starts_the_companions_from_its_weights(tiny_dataset, tmp_path):
+    stock = started(nnUNetTrainer, tiny_dataset)
+    stock.save_checkpoint(str(tmp_path / "stock.pth"))
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset)
+    trainer.load_checkpoint(str(tmp_path / "stock.pth"))
+    weights = stock.network.state_dict()
+    assert all(torch.equal(w, weights[name]) for name, w in trainer.companions.teacher.state_dict().items())
+    assert trainer.step == trainer.current_epoch * trainer.num_iterations_per_epoch == 2
+
+
+def test_disabled_checkpointing_writes_nothing(tiny_dataset, tmp_path):
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset, disable_checkpointing=True)
+    trainer.save_checkpoint(str(tmp_path / "c.pth"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_earlier_checkpoint(tiny_dataset, tmp_path, monkeypatch):
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    path = tmp_path / "c.pth"
+    trainer.save_checkpoint(str(path))
+    before = path.read_bytes()
+    save = torch.save
+
+    def full_disk(state, file):
+        save(state, file)
+        if not hasattr(file, "getvalue"):
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- what is refused, before any epoch ----
+
+
+def with_labels(dataset, labels, regions_class_order=None):
+    description = json.loads((dataset / "dataset.json").read_text()) | {"labels": labels}
+    if regions_class_order:
+        description["regions_class_order"] = regions_class_order
+    return description
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "words"),
+    [
+        ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2], "region-based training"),
+        ({"background": 0, "blob": 1, "ignore": 2}, None, "the ignore label"),
+    ],
+)
+def test_unsupported_labels_are_refused_in_words(tiny_dataset, labels, order, words):
+    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    description = with_labels(tiny_dataset, labels, order)
+    trainer = nnUNetTrainerM3HL(plans, "3d_fullres", 0, description, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=f"nnUNetTrainerM3HL does not support {words} yet. Use nnUNetTrainer"):
+        trainer.initialize()
+
+
+def test_cascades_and_several_gpus_are_refused_in_words(tiny_dataset):
+    for attribute, words in (("is_cascaded", "cascades"), ("is_ddp", "several GPUs")):
+        trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **{attribute: True})
+        with pytest.raises(NotImplementedError, match=words):
+            trainer.initialize()
+
+
+def copied(dataset, tmp_path, monkeypatch, folds):
+    copy = tmp_path / dataset.name
+    shutil.copytree(dataset, copy)
+    (copy / "splits_final.json").write_text(json.dumps(folds))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    return copy
+
+
+def test_without_unlabeled_cases_the_error_has_both_ways_to_provide_them(tiny_dataset, tmp_path, monkeypatch):
+    copy = copied(tiny_dataset, tmp_path, monkeypatch, [{"train": ["case_000", "case_001"], "val": ["case_002"]}])
+    shutil.rmtree(copy / "nnUNetPlans_3d_fullres_unlabeled")
+    with pytest.raises(FileNotFoundError) as error:
+        make_trainer(nnUNetTrainerM3HL, copy).on_train_start()
+    assert "nnunet-ssl preprocess -d 701 -c 3d_fullres -p nnUNetPlans\n" in str(error.value)
+    assert "Dataset701_Tiny/imagesUn, as CASE_0000.nii.gz" in str(error.value)
+    assert "nnunet-ssl split -d 701" in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "case"), [("training", "case_000"), ("validation", "case_002")])
+def test_an_unlabeled_case_that_is_in_use_already_is_refused(kind, case, tiny_dataset, tmp_path, monkeypatch):
+    fold = {"train": ["case_000", "case_001"], "val": ["case_002"], "unlabeled": [case, "case_003"]}
+    copy = copied(tiny_dataset, tmp_path, monkeypatch, [fold])
+    with pytest.raises(ValueError, match=f"splits_final.json: unlabeled cases of fold 0 are {kind} cases too:.*{case}"):
+        make_trainer(nnUNetTrainerM3HL, copy).on_train_start()
+
+
+def test_a_fold_that_does_not_exist_is_refused_instead_of_drawn_at_random(tiny_dataset):
+    with pytest.raises(ValueError, match=r"Fold 4 does not exist: .*splits_final\.json has the folds 0 to 0"):
+        make_trainer(nnUNetTrainerM3HL, tiny_dataset, fold=4).on_train_start()
+
+
+# ---- variants ----
+
+
+def test_any_number_of_epochs_has_a_variant():
+    find = epoch_variants({"__name__": "m", "nnUNetTrainerM3HL": nnUNetTrainerM3HL, "frozen_copy": frozen_copy})
+    variant = find("nnUNetTrainerM3HL_37epochs")
+    assert issubclass(variant, nnUNetTrainerM3HL)
+    assert (variant.__name__, variant.num_epochs) == ("nnUNetTrainerM3HL_37epochs", 37)
+    for name in (
+        "nnUNetTrainerM3HL_0epochs",
+        "nnUNetTrainerM3HL_xepochs",
+        "nnUNetTrainerM3HL_5",
+        "frozen_copy_5epochs",
+    ):
+        with pytest.raises(AttributeError, match=name):
+            find(name)
+
+
+# ---- separate processes: workers, interruption, killing ----
+
+SCRIPT = """
+import sys, os, signal
+sys.path.insert(0, {tests!r})
+import multiprocessing
+from pathlib import Path
+from training import make_trainer, seed
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+import torch
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {setup}
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), num_iterations_per_epoch=3, num_epochs=4, save_every=1)
+    {before}
+    trainer.run_training()
+    print("finished", flush=True)
+"""
+
+
+def run_script(dataset, results, setup="", before="", **environment):
+    script = SCRIPT.format(tests=str(Path(__file__).parent), setup=setup, dataset=str(dataset), before=before)
+    results.mkdir(exist_ok=True)
+    file = results / "script.py"
+    file.write_text(script)
+    environment = {**os.environ, "nnUNet_results": str(results), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def fold_folder(results):
+    return next(results.glob("Dataset701_Tiny/nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0"))
+
+
+def losses_of(results):
+    with open(fold_folder(results) / "losses.csv", newline="") as f:
+        return list(csv.reader(f))
+
+
+RESUME = """
+checkpoint = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.load_checkpoint(str(checkpoint))"""
+KILL_IN_EPOCH = """
+original = trainer.train_step
+    def step(batch):
+        if trainer.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(batch)
+    trainer.train_step = step"""
+KILL_IN_WRITE = """
+original = torch.save
+    def save(state, file):
+        original(state, file)
+        if trainer.current_epoch == 2 and not hasattr(file, "getvalue"):
+            data = Path(file).read_bytes()
+            Path(file).write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_dataset, tmp_path_factory):
+    results = tmp_path_factory.mktemp("uninterrupted")
+    process = run_script(tiny_dataset, results)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return losses_of(results)
+
+
+@pytest.mark.parametrize("kill", [KILL_IN_EPOCH, KILL_IN_WRITE], ids=["in an epoch", "while a checkpoint is written"])
+def test_a_killed_training_continues_with_the_same_losses(kill, uninterrupted, tiny_dataset, tmp_path):
+    process = run_script(tiny_dataset, tmp_path, before=kill)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    for checkpoint in fold_folder(tmp_path).glob("checkpoint_*.pth"):
+        torch.load(checkpoint, weights_only=False)  # whatever has a checkpoint's name is whole
+
+    process = run_script(tiny_dataset, tmp_path, before=RESUME)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert losses_of(tmp_path) == uninterrupted
+    assert len(uninterrupted) == 5
+
+
+def children(pid):
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal() and parent(p) == pid]
+
+
+def parent(process):
+    try:
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return None
+
+
+def is_running(pid):
+    return Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_two_workers_serve_both_streams_and_end_with_the_training(method, tiny_dataset, tmp_path):
+    setup = f"multiprocessing.set_start_method({method!r})"
+    process = run_script(tiny_dataset, tmp_path, setup=setup, nnUNet_n_proc_DA="2")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "finished" in output
+    assert len(losses_of(tmp_path)) == 5
+    assert children(process.pid) == []
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
+def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
+    endless = "trainer.num_epochs = 10**6"
+    process = run_script(tiny_dataset, tmp_path, before=endless, nnUNet_n_proc_DA="2")
+    try:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("Dataset701_Tiny/*/fold_0/losses.csv")) and time.time() < deadline:
+            time.sleep(0.2)
+        workers = children(process.pid)
+        assert len(workers) >= 3  # two for training, one for validation
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in output
+    assert not [pid for pid in workers if is_running(pid)]

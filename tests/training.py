@@ -1,0 +1,46 @@
+"""Trainers of tiny datasets, for the tests."""
+
+import importlib
+import inspect
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_ssl.autoregister import trainers_folder
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+
+def every_trainer() -> list[type[SemiSupervisedTrainer]]:
+    """All trainer classes of the files in trainers/."""
+    found = []
+    for file in sorted(Path(trainers_folder()).glob("nnUNetTrainer*.py")):
+        module = importlib.import_module(f"nnunet_ssl.trainers.{file.stem}")
+        classes = inspect.getmembers(module, inspect.isclass)
+        found += [c for name, c in classes if c.__module__ == module.__name__ and issubclass(c, nnUNetTrainer)]
+    return found
+
+
+def make_trainer(trainer: type, dataset: Path, configuration: str = "3d_fullres", fold: int = 0, **settings):
+    """A trainer on the CPU with 2 epochs of 2 steps, made as by nnU-Net's own command; settings are attributes."""
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((dataset / "dataset.json").read_text())
+    made = trainer(plans, configuration, fold, dataset_json, torch.device("cpu"))
+    settings = {
+        "num_epochs": 2,
+        "num_iterations_per_epoch": 2,
+        "num_val_iterations_per_epoch": 1,
+        **settings,
+    }
+    for name, value in settings.items():
+        setattr(made, name, value)
+    return made
+
+
+def seed(value: int = 0) -> None:
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
