@@ -20,6 +20,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nnunet_ssl.preprocessing import finished_cases, unlabeled_folder
+
 GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
 OUTSIDE = 1e-3  # normalised intensity; below it in every channel a voxel lies outside a mask-normalised image
@@ -159,7 +161,7 @@ def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Seque
         FileNotFoundError: cases of the fold are not preprocessed.
         ValueError: a case is in both sources.
     """
-    folder, own = dataset_folder / data_identifier, dataset_folder / f"{data_identifier}_unlabeled"
+    folder, own = dataset_folder / data_identifier, unlabeled_folder(dataset_folder, data_identifier)
     listed = {case: folder / f"{case}.b2nd" for case in fold_cases}
     present = {p.name for p in folder.glob("*.b2nd")} if listed else set()
     missing = [case for case, path in listed.items() if path.name not in present]
@@ -168,10 +170,8 @@ def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Seque
             f"{len(missing)} unlabeled cases of the fold are not in {folder}: {', '.join(missing[:5])}. "
             f"Run nnUNetv2_preprocess for this configuration again, or correct splits_final.json."
         )
-    # the properties are written last, so a case without them is half-written
-    names = {p.name for p in own.iterdir()} if own.is_dir() else set()
-    cases = [n[:-4] for n in names if n.endswith(".pkl") and f"{n[:-4]}.b2nd" in names]
-    twice = sorted(set(cases) & set(listed))
+    cases = finished_cases(own)
+    twice = sorted(cases & set(listed))
     if twice:
         raise ValueError(
             f"Cases in {own} and in the fold's unlabeled list: {', '.join(twice[:5])}. Remove one of them."

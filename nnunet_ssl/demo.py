@@ -1,6 +1,5 @@
-"""A small synthetic dataset, nnU-Net's own commands on it, and the Dice of nnUNetTrainer and nnUNetTrainerM3HL."""
+"""The whole way on a small synthetic dataset: nnU-Net's own commands without and with unlabeled scans, and the Dice."""
 
-import itertools
 import json
 import os
 import shlex
@@ -9,87 +8,220 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
-from scipy.ndimage import binary_dilation, gaussian_filter, label as components
-from scipy.spatial.transform import Rotation
+from scipy import ndimage
 from tqdm import tqdm
 
 DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
-EPOCHS = 5  # of nnU-Net, so 250 steps each
-TRAINERS = (f"nnUNetTrainer_{EPOCHS}epochs", f"nnUNetTrainerM3HL_{EPOCHS}epochs")
+TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3HL_5epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
-SHAPE = (24, 32, 32)  # voxels of a scan
+SEED = 0  # of the scans; the training is not seeded, nnU-Net does not seed it either
+SHAPE = (24, 32, 32)  # voxels of a scan, slices first
 SPACING = 3.0  # mm, along every axis
 PATCH = (20, 24, 24)  # voxels
-FEATURES = (8, 16, 32)  # of the network, per stage
+FEATURES = (8, 16, 32)  # of the network, per stage; every stage halves every axis
 BATCH_SIZE = 2
-SEED = 0
+MARKER = "demo.json"  # in the output folder: says that the demo made it, and which commands have finished
+TAIL = 15  # lines of a failed command's log that are shown
 
 
-def smooth_noise(rng: np.random.Generator, shape: Sequence[int], scale: float) -> np.ndarray:
-    """Random field with mean 0 and standard deviation 1; structures are about `scale` voxels wide."""
-    field = gaussian_filter(rng.standard_normal(shape), scale, mode="wrap")
-    return (field - field.mean()) / field.std()
+class Command(NamedTuple):
+    """A console command: `program` in this Python's folder of scripts, `settings` for its environment alone."""
+
+    name: str
+    program: str
+    arguments: tuple[str, ...]
+    settings: dict[str, str] = {}
+
+    def __str__(self):
+        return shlex.join([*(f"{k}={v}" for k, v in self.settings.items()), self.program, *self.arguments])
 
 
-def ellipsoid(grid: np.ndarray, center: np.ndarray, radii: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Distance of every voxel from the center in units of the radii: 1 on the surface, less inside."""
-    return np.linalg.norm(np.tensordot(rotation, grid - center[:, None, None, None], 1) / radii[:, None, None, None], axis=0)
+def demo(output: Path) -> None:
+    """Makes the dataset, trains with labeled scans only and with unlabeled ones too, and prints a table of the Dice.
+
+    Everything lies in `output`. A demo that was interrupted goes on behind the last command that finished.
+
+    Raises:
+        FileExistsError: `output` holds something else, or the demo of another version.
+        SystemExit: a command failed; the message has the end of its log.
+    """
+    output = Path(output).absolute()
+    finished = claim(output)
+    raw, plans = (output / f"nnUNet_{kind}" / DATASET for kind in ("raw", "preprocessed"))
+    print(f"{', '.join(f'{n} {kind}' for kind, n in CASES.items())} scans in {raw}", flush=True)
+    write_dataset(raw)
+
+    folders = {f"nnUNet_{kind}": str(output / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
+    # compiling takes longer than the trainings, and so do worker processes that each import torch first
+    settings = {**folders, "nnUNet_compile": "0", "nnUNet_def_n_proc": "1"}
+    print("\n".join(f"$ export {name}={shlex.quote(value)}" for name, value in settings.items()), flush=True)
+    environment = {k: v for k, v in os.environ.items() if k != "nnUNet_n_proc_DA"} | settings  # planning fails with 0
+
+    todo = commands(output, device())
+    with tqdm(todo, unit="command", disable=None) as bar:  # None: no bar in files and pipes
+        for command in bar:
+            bar.set_description(command.name)
+            log = output / "logs" / f"{command.name}.log"
+            tqdm.write(f"$ {command}")
+            if str(command) in finished:
+                tqdm.write("  finished before")
+                continue
+            tqdm.write(f"  log: {log}")
+            seconds = run(command, log, environment, bar.refresh)
+            tqdm.write(f"  {seconds:.0f} s")
+            if command.name == "plan":
+                add_configuration(plans / "nnUNetPlans.json")
+                tqdm.write(f"Added the small configuration {CONFIGURATION} to {plans / 'nnUNetPlans.json'}")
+            finished.append(str(command))
+            write_marker(output, finished)
+
+    print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
+    print(
+        f"\nBoth took the same number of steps of the same size. Synthetic scans and one run each: this shows the "
+        f"way, it is no benchmark.\n"
+        f"predictions: {output / 'predictions'}\n"
+        f"models:      {output / 'nnUNet_results' / DATASET}\n"
+        f"logs:        {output / 'logs'}"
+    )
 
 
-def make_case(rng: np.random.Generator, shape: Sequence[int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
-    grid = np.stack(np.meshgrid(*(np.arange(n, dtype=float) for n in shape), indexing="ij"))
-    size = np.array(shape, dtype=float)
-    unit = size.min()
+def claim(output: Path) -> list[str]:
+    """Makes the folder, or recognizes one that the demo made; returns the commands that have finished in it.
 
-    # the organ: two or three joined chambers with an uneven surface
-    center = size * rng.uniform(0.38, 0.62, 3)
-    radii = unit * rng.uniform(0.17, 0.26, 3)
-    rotation = Rotation.random(random_state=rng).as_matrix()
-    surface = ellipsoid(grid, center, radii, rotation)
-    for _ in range(rng.integers(1, 3)):
-        direction = rng.standard_normal(3)
-        direction /= np.linalg.norm(direction)
-        chamber = ellipsoid(grid, center + 0.9 * radii.mean() * direction, 0.7 * radii, rotation)
-        surface = np.minimum(surface, chamber)
-    organ = surface + 0.12 * smooth_noise(rng, shape, 2.5) < 1
-    organ[[0, -1]] = organ[:, [0, -1]] = organ[:, :, [0, -1]] = False
-    parts, _ = components(organ)
-    organ = parts == np.bincount(parts[parts > 0]).argmax()
+    Raises: FileExistsError for a folder with anything else in it.
+    """
+    version, marker = metadata.version("nnunet-ssl"), output / MARKER
+    if marker.is_file():
+        made = json.loads(marker.read_text())
+        if made["version"] == version:
+            return made["finished"]
+        raise FileExistsError(
+            f"{output} is the demo of nnunet-ssl {made['version']}, this is {version}. Remove it or choose another "
+            f"folder: nnunet-ssl demo -o DIR"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"{output} was not made by the demo and is not empty. Choose another folder: nnunet-ssl demo -o DIR"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_marker(output, [])
+    return []
 
-    # distractors as bright as the organ: vessels that may touch it, and balls that do not
-    distractors = np.zeros(shape, bool)
-    for _ in range(rng.integers(2, 5)):
-        start = size * rng.uniform(0, 1, 3)
-        direction = rng.standard_normal(3)
-        direction /= np.linalg.norm(direction)
-        offset = grid - start[:, None, None, None]
-        along = np.tensordot(direction, offset, 1)
-        distance = np.linalg.norm(offset - along * direction[:, None, None, None], axis=0)
-        distractors |= distance < unit * rng.uniform(0.04, 0.09)
-    free = ~binary_dilation(organ, iterations=2)
-    for _ in range(rng.integers(3, 7)):
-        ball = ellipsoid(grid, size * rng.uniform(0, 1, 3), unit * rng.uniform(0.07, 0.16, 3), np.eye(3))
-        distractors |= (ball < 1) & free
-    distractors &= ~organ
 
-    contrast = rng.uniform(40, 90)
-    image = 100 + 12 * smooth_noise(rng, shape, 3)
-    image += contrast * gaussian_filter((organ + distractors * rng.uniform(0.8, 1.1)).astype(float), 0.6)
-    position = (grid / size[:, None, None, None] - 0.5)
-    direction = rng.standard_normal(3)
-    image *= np.exp(rng.uniform(0, 0.8) * np.tensordot(direction / np.linalg.norm(direction), position, 1))
-    image += rng.uniform(5, 25) * rng.standard_normal(shape)
-    return image.astype(np.float32), organ.astype(np.uint8)
+def write_marker(output: Path, finished: Sequence[str]) -> None:
+    content = {"version": metadata.version("nnunet-ssl"), "finished": list(finished)}
+    temporary = output / f".{MARKER}.tmp"
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, output / MARKER)
+
+
+def device() -> str:
+    """The best device of this machine, in the words of nnU-Net's -device."""
+    import torch  # takes seconds: a folder is refused before
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def commands(output: Path, device: str) -> list[Command]:
+    """What a user types, in order: stock nnU-Net but for the preprocessing of the unlabeled scans."""
+    number = DATASET[7:10]
+    raw = output / "nnUNet_raw" / DATASET
+    steps = [
+        # the demo's configuration inherits the data of 3d_fullres, so this is all that has to be preprocessed
+        Command("plan", "nnUNetv2_plan_and_preprocess", ("-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1")),
+        Command("unlabeled", "nnunet-ssl", ("preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1")),
+    ]
+    for trainer in TRAINERS:
+        # Fold "all" trains on every labeled case. nnU-Net then validates on the same cases, which is no measurement;
+        # but nothing is chosen by it: the final checkpoint predicts, and the Dice comes from the test scans.
+        model = ("-tr", trainer, "-device", device)
+        prediction = str(output / "predictions" / trainer)
+        no_workers = {"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}  # they would compete with the training
+        data = ("-i", str(raw / "imagesTs"), "-o", prediction, "-npp", "0", "-nps", "0")
+        steps += [
+            Command(f"train_{trainer}", "nnUNetv2_train", (number, CONFIGURATION, "all", *model), no_workers),
+            Command(
+                f"predict_{trainer}",
+                "nnUNetv2_predict",
+                ("-d", number, "-c", CONFIGURATION, "-f", "all", *model, *data),
+            ),
+            Command(
+                f"evaluate_{trainer}",
+                "nnUNetv2_evaluate_simple",
+                (str(raw / "labelsTs"), prediction, "-l", "1", "-np", "1"),
+            ),
+        ]
+    return steps
+
+
+def run(command: Command, log: Path, environment: dict[str, str], tick: Callable[[], object]) -> float:
+    """Runs a command with its output in a log file, calls `tick` while it runs, returns its seconds.
+
+    Raises: SystemExit with the end of the log where the command fails, or with advice where there is no such program.
+    """
+    scripts = str(Path(sys.executable).parent)  # a virtual environment need not be on PATH
+    program = shutil.which(command.program, path=scripts) or shutil.which(command.program)
+    if program is None:
+        raise SystemExit(
+            f"{command.program} is neither in {scripts} nor on PATH. Fix: {sys.executable} -m pip install nnunet-ssl"
+        )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [program, *command.arguments],
+            env=environment | command.settings,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                tick()
+                time.sleep(0.5)
+        finally:
+            process.kill()  # for when this process is interrupted; harmless after the end
+            process.wait()
+    if process.returncode != 0:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        raise SystemExit(
+            f"{command.program} failed with exit code {process.returncode}. The end of its log:\n\n{end}\n\n"
+            f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
+        )
+    return time.monotonic() - begin
+
+
+def dice(summary: Path) -> list[float]:
+    """Dice of every test scan in percent, from nnU-Net's summary.json."""
+    return [100 * case["metrics"]["1"]["Dice"] for case in json.loads(summary.read_text())["metric_per_case"]]
+
+
+def table(scores: dict[str, list[float]]) -> str:
+    """Markdown table of the Dice (percent) per trainer."""
+    lines = [
+        "",
+        "| trainer | labeled scans | unlabeled scans | Dice mean | worst case |",
+        "|---|---|---|---|---|",
+    ]
+    for trainer, values in scores.items():
+        unlabeled = CASES["unlabeled"] if "M3HL" in trainer else 0
+        figures = f"{statistics.mean(values):.1f} | {min(values):.1f}"
+        lines.append(f"| {trainer} | {CASES['labeled']} | {unlabeled} | {figures} |")
+    return "\n".join(lines)
 
 
 def write_dataset(folder: Path, seed: int = SEED) -> None:
-    """Writes the raw dataset: imagesTr with labelsTr, imagesUn without, imagesTs with labels only for the Dice."""
+    """Writes a raw dataset: imagesTr and labelsTr, imagesUn, imagesTs, and labelsTs, which only the Dice uses."""
     rng = np.random.default_rng(seed)
     for kind, ending in (("labeled", "Tr"), ("unlabeled", "Un"), ("test", "Ts")):
         for index in range(CASES[kind]):
@@ -112,6 +244,81 @@ def write_image(file: Path, array: np.ndarray) -> None:
     image.SetSpacing([SPACING] * 3)
     file.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(image, str(file))
+
+
+def make_case(rng: np.random.Generator, shape: Sequence[int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
+    """One synthetic scan: a bright lobed organ among vessels and balls as bright, with a bias field and noise.
+
+    Place, size, form, contrast, neighbours, bias and noise are drawn anew: four scans show little of the variation.
+
+    Args:
+        shape: voxels, slices first.
+
+    Returns:
+        Image (*shape) float32 and label (*shape) uint8: 1 in the organ, a connected part that does not touch the
+        faces of the image, and 0 elsewhere.
+    """
+    organ = make_organ(rng, shape)
+    distractors = make_distractors(rng, organ)
+    image = 100 + 12 * smooth_noise(rng, shape, 3)
+    bright = organ + rng.uniform(0.8, 1.1) * distractors
+    image += rng.uniform(40, 90) * ndimage.gaussian_filter(bright, 0.6)
+    slope = rng.uniform(0, 0.8) / max(shape) * direction(rng)
+    image *= np.exp(np.tensordot(slope, grid(shape, np.divide(shape, 2)), 1))
+    image += rng.uniform(5, 25) * rng.standard_normal(shape)
+    return image.astype(np.float32), organ.astype(np.uint8)
+
+
+def make_organ(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Mask of two or three joined ellipsoids with an uneven surface."""
+    center = shape * rng.uniform(0.38, 0.62, 3)
+    radii = min(shape) * rng.uniform(0.17, 0.26, 3)
+    axes = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    distance = ellipsoid(shape, center, radii, axes)
+    for _ in range(rng.integers(1, 3)):
+        other = center + 0.9 * radii.mean() * direction(rng)
+        distance = np.minimum(distance, ellipsoid(shape, other, 0.7 * radii, axes))
+    organ = distance + 0.12 * smooth_noise(rng, shape, 2.5) < 1
+    inside = np.zeros(shape, bool)
+    inside[1:-1, 1:-1, 1:-1] = True
+    parts, _ = ndimage.label(organ & inside)
+    return parts == np.bincount(parts[parts > 0]).argmax()
+
+
+def make_distractors(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
+    """Mask of straight vessels, which may end at the organ, and of balls, which keep a distance from it."""
+    shape = organ.shape
+    vessels, balls = np.zeros(shape, bool), np.zeros(shape, bool)
+    for _ in range(rng.integers(2, 5)):
+        offset, along = grid(shape, shape * rng.uniform(0, 1, 3)), direction(rng)
+        across = np.linalg.norm(offset - np.multiply.outer(along, np.tensordot(along, offset, 1)), axis=0)
+        vessels |= across < min(shape) * rng.uniform(0.04, 0.09)
+    for _ in range(rng.integers(3, 7)):
+        center, radii = shape * rng.uniform(0, 1, 3), min(shape) * rng.uniform(0.07, 0.16, 3)
+        balls |= ellipsoid(shape, center, radii, np.eye(3)) < 1
+    return vessels & ~organ | balls & ~ndimage.binary_dilation(organ, iterations=2)
+
+
+def ellipsoid(shape: Sequence[int], center: np.ndarray, radii: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Every voxel's distance from the center (voxels) in units of the radii along `axes`: below 1 inside."""
+    return np.linalg.norm(np.tensordot(axes / radii[:, None], grid(shape, center), 1), axis=0)
+
+
+def grid(shape: Sequence[int], origin: np.ndarray) -> np.ndarray:
+    """Coordinates (3, *shape) of the voxels relative to `origin`."""
+    return np.indices(shape) - np.reshape(origin, (3, 1, 1, 1))
+
+
+def direction(rng: np.random.Generator) -> np.ndarray:
+    """Random unit vector (3,)."""
+    vector = rng.standard_normal(3)
+    return vector / np.linalg.norm(vector)
+
+
+def smooth_noise(rng: np.random.Generator, shape: Sequence[int], scale: float) -> np.ndarray:
+    """Random field of mean 0 and standard deviation 1 with structures of about `scale` voxels."""
+    field = ndimage.gaussian_filter(rng.standard_normal(shape), scale, mode="wrap")
+    return (field - field.mean()) / field.std()
 
 
 def add_configuration(file: Path) -> None:

@@ -1,7 +1,6 @@
 """Which cases a fold trains on with labels, which ones without, and which ones it validates on."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ import numpy as np
 from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_ssl.files import replacing
 
 VAL_FRACTION = 0.2  # part of the cases that is held out for validation unless their number is given
 
@@ -38,12 +39,8 @@ def save_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool =
             return
         shutil.copy2(path, _free_backup(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def nested_folds(

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import os
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +20,10 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast, nn
 
 from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
+from nnunet_ssl.files import replacing
 from nnunet_ssl.networks import unwrap
+from nnunet_ssl.preprocessing import check_settings, preprocessing_settings, unlabeled_folder
+from nnunet_ssl.random_state import get_random_state, set_random_state
 
 CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
 STOCK_SETTINGS = (  # nnU-Net sets these in __init__; as class attributes of a trainer they win
@@ -85,7 +86,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 setattr(self, name, getattr(type(self), name))
         self.step = 0
         self.companions = SimpleNamespace()
-        self._resume_rng = None
+        self._resume_random_state = None
 
     @property
     def max_steps(self) -> int:
@@ -128,11 +129,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Raises:
             FileNotFoundError: there is none; the message has both ways to provide them.
-            ValueError: a case is labeled or for validation as well.
+            ValueError: a case is labeled or for validation as well, or other plans have preprocessed imagesUn.
         """
         base = Path(self.preprocessed_dataset_folder_base)
         path = base / "splits_final.json"
         listed = load_json(str(path))[self.fold].get("unlabeled", []) if self.fold != "all" else []
+        own = unlabeled_folder(base, self.configuration_manager.data_identifier)
+        check_settings(own, preprocessing_settings(self.plans_manager, self.configuration_manager))
         files = find_unlabeled(base, self.configuration_manager.data_identifier, listed)
         for kind, cases in (("training", train_cases), ("validation", val_cases)):
             shared = sorted(set(files) & set(cases))
@@ -245,10 +248,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.companions = SimpleNamespace(**self.build_companions())
         super().on_train_start()
         self._trim_losses_csv()
-        if self._resume_rng is not None:
+        if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
-            _set_rng_state(self._resume_rng)
-            self._resume_rng = None
+            set_random_state(self._resume_random_state)
+            self._resume_random_state = None
 
     def run_training(self) -> None:
         try:
@@ -334,7 +337,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             header, *rows = csv.reader(f)
         kept = [row for row in rows if int(row[0]) < self.current_epoch]
         if kept:
-            with _replacing(path) as temporary, open(temporary, "w", newline="") as f:
+            with replacing(path) as temporary, open(temporary, "w", newline="") as f:
                 csv.writer(f).writerows([header, *kept])
         else:
             path.unlink()
@@ -383,9 +386,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "step": self.step,
             "student": states.pop("student"),
             "companions": states,
-            "rng": _get_rng_state(),
+            "random_state": get_random_state(),
         }
-        with _replacing(Path(filename)) as temporary:
+        with replacing(Path(filename)) as temporary:
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
@@ -399,40 +402,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name, network in vars(self.companions).items():
             unwrap(network).load_state_dict(state["companions"][name])
         self.step = state["step"]
-        self._resume_rng = state["rng"]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` only when the block has succeeded."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _get_rng_state() -> dict:
-    """States of all generators that augmentation and methods draw from, as plain tensors and numbers."""
-    name, keys, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": [version, torch.tensor(internal), gauss],
-    }
-
-
-def _set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
+        self._resume_random_state = state["random_state"]
 
 
 def _augmenter(loader, workers: int, cached: int, device: torch.device):

@@ -491,7 +491,7 @@ def test_workers_end_when_their_parent_is_killed():
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # The workers hold this pipe too: it ends, within the time given, only when all of them have.
-    run = subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, timeout=120)
+    run = subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.PIPE, timeout=300)
     assert run.returncode == -signal.SIGKILL
     assert int(run.stdout) > 0
 

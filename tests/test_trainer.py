@@ -281,6 +281,7 @@ if __name__ == "__main__":
 
 
 def run_script(dataset, results, setup="", before="", **environment):
+    before = before.strip()
     script = SCRIPT.format(tests=str(Path(__file__).parent), setup=setup, dataset=str(dataset), before=before)
     results.mkdir(exist_ok=True)
     file = results / "script.py"

@@ -1,0 +1,29 @@
+"""The states of all random generators that augmentation and methods draw from, so that a resumed training goes on."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def get_random_state() -> dict:
+    """States of torch (CPU and every CUDA device), numpy and Python, as plain tensors, numbers and strings."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, torch.tensor(internal), gauss],
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Restores what `get_random_state` gave; CUDA only where the number of devices is the same."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
