@@ -495,13 +495,16 @@ def test_pairs_come_from_worker_processes(tmp_path):
 # ---- find_unlabeled ----
 
 
+COMPLETE = ("_seg.b2nd", ".b2nd", ".pkl")
+
+
 @pytest.fixture
 def preprocessed(tmp_path):
     """A preprocessed dataset with the labeled cases a and b, and the unlabeled ones u and v of imagesUn."""
     for folder, cases in (("plans", "ab"), ("plans_unlabeled", "uv")):
         (tmp_path / folder).mkdir()
         for case in cases:
-            touch(tmp_path / folder, case, ".b2nd", "_seg.b2nd", ".pkl")
+            touch(tmp_path / folder, case, *COMPLETE)
     return tmp_path
 
 
@@ -550,17 +553,17 @@ def test_cases_of_a_fold_without_preprocessed_folder_are_named(tmp_path):
 
 
 def test_a_case_in_both_sources_is_refused(preprocessed):
-    touch(preprocessed / "plans_unlabeled", "b", ".b2nd", ".pkl")
+    touch(preprocessed / "plans_unlabeled", "b", *COMPLETE)
     with pytest.raises(ValueError, match="unlabeled list: b"):
         find_unlabeled(preprocessed, "plans", ["a", "b"])
 
 
-@pytest.mark.parametrize("endings", [[".b2nd"], [".b2nd", "_seg.b2nd"], [".pkl"], [".b2nd", ".pkl.tmp"]])
+@pytest.mark.parametrize("endings", [[".b2nd"], ["_seg.b2nd", ".b2nd"], [".pkl"], ["_seg.b2nd", ".b2nd", ".pkl.tmp"]])
 def test_a_half_written_case_is_left_out(preprocessed, endings):
     touch(preprocessed / "plans_unlabeled", "w", *endings)
     assert set(find_unlabeled(preprocessed, "plans", [])) == {"u", "v"}
 
 
 def test_a_case_whose_name_ends_like_a_segmentation_is_found(preprocessed):
-    touch(preprocessed / "plans_unlabeled", "w_seg", ".b2nd", ".pkl")
+    touch(preprocessed / "plans_unlabeled", "w_seg", *COMPLETE)
     assert set(find_unlabeled(preprocessed, "plans", [])) == {"u", "v", "w_seg"}
