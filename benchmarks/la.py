@@ -7,7 +7,7 @@
     python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --set feature_pairs=matched
 
 Every trainer takes the same number of steps of the same size on the same plans. The final checkpoint is used, nothing
-is selected. A row that is in the table already is not run again. One process and one thread per call: start as many
+is selected. What is trained already is not trained again. One process and one thread per call: start as many
 calls as there are cores, or give --threads.
 """
 
@@ -19,7 +19,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import time
 from pathlib import Path
 
 os.environ.setdefault("nnUNet_n_proc_DA", "0")
@@ -32,7 +31,10 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_ssl.files import replacing
+
 RESULTS = Path(__file__).parent / "results"
+RUN = ["trainer", "fold", "labeled", "network", "steps", "seed"]  # what identifies a row of the table
 # patch in voxels, features per stage, batch size; every stage halves every axis
 PROTOCOLS = {"quick": ([20, 28, 28], [16, 32, 64], 4), "long": ([56, 80, 80], [32, 64, 128, 256], 2)}
 
@@ -67,8 +69,8 @@ def add_configuration(dataset: str, protocol: str) -> str:
     return name
 
 
-def train(args, dataset: str, configuration: str, trainer_name: str, name: str, fold: int) -> tuple[Path, float]:
-    """Trains unless it is done already; returns the fold's folder and the seconds per step."""
+def train(args, dataset: str, configuration: str, trainer_name: str, name: str, fold: int) -> Path:
+    """Trains unless it is done already; returns the fold's folder."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     folder = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}"
@@ -84,12 +86,9 @@ def train(args, dataset: str, configuration: str, trainer_name: str, name: str, 
     trainer.output_folder = str(folder / f"fold_{fold}")
     os.makedirs(trainer.output_folder, exist_ok=True)
     trainer.log_file = os.path.join(trainer.output_folder, os.path.basename(trainer.log_file))
-    timing = folder / f"fold_{fold}" / "seconds_per_step.txt"
-    if not timing.is_file():
-        begin = time.time()
+    if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file():
         trainer.run_training()
-        timing.write_text(str((time.time() - begin) / args.steps))
-    return folder / f"fold_{fold}", float(timing.read_text())
+    return folder / f"fold_{fold}"
 
 
 def checkpoints(folder: Path) -> dict[str, str]:
@@ -111,44 +110,45 @@ def predict(args, dataset: str, configuration: str, name: str, fold: int, checkp
     # nnUNetv2_predict takes as many threads as there are cores: let them sleep, not spin, while they wait
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     command = f"nnUNetv2_predict -d {dataset} -c {configuration} -f {fold} -tr {name} -chk {checkpoint} -npp 1 -nps 1"
-    command = [*command.split(), "-device", args.device, "-i", str(raw / "imagesTs"), "-o", str(output)]
-    subprocess.run([*command, "--disable_tta", "--disable_progress_bar"], check=True, env=environment, stdout=subprocess.DEVNULL)
+    command += f" -device {args.device} --disable_tta --disable_progress_bar"
+    command = [*command.split(), "-i", str(raw / "imagesTs"), "-o", str(output)]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     compute_metrics_on_folder_simple(str(raw / "labelsTs"), str(output), [1], num_processes=1)
     cases = json.loads((output / "summary.json").read_text())["metric_per_case"]
     return {Path(c["prediction_file"]).name.split(".")[0]: 100 * c["metrics"]["1"]["Dice"] for c in cases}
 
 
-def record(args, name: str, fold: int, labeled: int, network: str, seconds: float, dice: dict[str, float]) -> None:
-    """Replaces this run's rows of the per-case CSV and writes the table anew."""
+def record(args, run: list[str], dice: dict[str, float]) -> None:
+    """Replaces this run's rows of the per-case CSV and writes the table anew; `run` holds the values of RUN."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"la_{args.protocol}.csv"
-    fields = ["trainer", "fold", "labeled", "network", "steps", "seed", "seconds_per_step", "case", "dice"]
-    run = [name, fold, labeled, network, args.steps, args.seed]
     rows = []
     if path.is_file():
         with path.open(newline="") as f:
-            rows = list(csv.reader(f))[1:]
-    rows = [r for r in rows if r[:6] != [str(x) for x in run]]
-    rows += [[str(x) for x in run] + [f"{seconds:.3f}", case, f"{value:.2f}"] for case, value in sorted(dice.items())]
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with temporary.open("w", newline="") as f:
-        csv.writer(f).writerows([fields, *rows])
-    temporary.replace(path)
+            rows = [row for row in list(csv.reader(f))[1:] if row[: len(RUN)] != run]
+    rows += [[*run, case, f"{value:.2f}"] for case, value in sorted(dice.items())]
+    with replacing(path) as temporary, temporary.open("w", newline="") as f:
+        csv.writer(f).writerows([[*RUN, "case", "dice"], *rows])
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(table(args.protocol, rows))
 
+
+def table(protocol: str, rows: list[list[str]]) -> str:
+    """One line per run, few labels first."""
     groups: dict[tuple, list] = {}
     for row in rows:
-        groups.setdefault(tuple(row[:7]), []).append(float(row[8]))
+        groups.setdefault(tuple(row[: len(RUN)]), []).append(float(row[-1]))
     lines = [
-        f"Protocol `{args.protocol}`, 20 test scans, final checkpoint, no mirroring, Dice in percent. Machine: see the CSV's commit.",
+        f"Protocol `{protocol}`, 20 test scans, final checkpoint, no mirroring at prediction, Dice in percent.",
         "",
-        "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case | s/step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for key in sorted(groups, key=lambda k: (int(k[2]), k[0], k[3], k[5])):
-        values = groups[key]
-        figures = f"{statistics.mean(values):.2f} | {statistics.stdev(values):.2f} | {min(values):.2f}"
-        lines.append(f"| {key[0]} | {key[2]} | {key[3]} | {key[4]} | {key[5]} | {figures} | {key[6]} |")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    for run, dice in sorted(groups.items(), key=lambda group: (int(group[0][2]), group[0][0], group[0][3:])):
+        trainer, _, labeled, network, steps, seed = run
+        figures = f"{statistics.mean(dice):.2f} | {statistics.stdev(dice):.2f} | {min(dice):.2f}"
+        lines.append(f"| {trainer} | {labeled} | {network} | {steps} | {seed} | {figures} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -176,10 +176,11 @@ def main() -> None:
     for fold in args.folds:
         for trainer in args.trainers:
             name = trainer + suffix + (f"-seed={args.seed}" if args.seed else "")
-            folder, seconds = train(args, dataset, configuration, trainer, name, fold)
+            folder = train(args, dataset, configuration, trainer, name, fold)
             for network, checkpoint in checkpoints(folder).items():
                 dice = predict(args, dataset, configuration, name, fold, checkpoint)
-                record(args, trainer + suffix, fold, len(splits[fold]["train"]), network, seconds, dice)
+                run = [trainer + suffix, fold, len(splits[fold]["train"]), network, args.steps, args.seed]
+                record(args, [str(value) for value in run], dice)
                 print(f"{name}, fold {fold}, {network}: Dice {statistics.mean(dice.values()):.2f}", flush=True)
 
 

@@ -22,6 +22,7 @@ DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
 TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3HL_5epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
+VARIETY = {"labeled": 0.25, "unlabeled": 1.0, "test": 1.0}
 SEED = 0  # of the scans; the training is not seeded, nnU-Net does not seed it either
 SHAPE = (24, 32, 32)  # voxels of a scan, slices first
 SPACING = 3.0  # mm, along every axis
@@ -226,7 +227,7 @@ def write_dataset(folder: Path, seed: int = SEED) -> None:
     for kind, ending in (("labeled", "Tr"), ("unlabeled", "Un"), ("test", "Ts")):
         for index in range(CASES[kind]):
             case = f"{kind}_{index:03d}"
-            image, label = make_case(rng)
+            image, label = make_case(rng, variety=VARIETY[kind])
             write_image(folder / f"images{ending}" / f"{case}_0000.nii.gz", image)
             if kind != "unlabeled":
                 write_image(folder / f"labels{ending}" / f"{case}.nii.gz", label)
@@ -246,13 +247,14 @@ def write_image(file: Path, array: np.ndarray) -> None:
     sitk.WriteImage(image, str(file))
 
 
-def make_case(rng: np.random.Generator, shape: Sequence[int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
+def make_case(
+    rng: np.random.Generator, shape: Sequence[int] = SHAPE, variety: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """One synthetic scan: a bright lobed organ among vessels and balls as bright, with a bias field and noise.
-
-    Place, size, form, contrast, neighbours, bias and noise are drawn anew: four scans show little of the variation.
 
     Args:
         shape: voxels, slices first.
+        variety: how far contrast, bias field and noise range; 0 is a good scanner, 1 any scanner.
 
     Returns:
         Image (*shape) float32 and label (*shape) uint8: 1 in the organ, a connected part that does not touch the
@@ -260,19 +262,22 @@ def make_case(rng: np.random.Generator, shape: Sequence[int] = SHAPE) -> tuple[n
     """
     organ = make_organ(rng, shape)
     distractors = make_distractors(rng, organ)
-    image = 100 + 12 * smooth_noise(rng, shape, 3)
-    bright = organ + rng.uniform(0.8, 1.1) * distractors
-    image += rng.uniform(40, 90) * ndimage.gaussian_filter(bright, 0.6)
-    slope = rng.uniform(0, 0.8) / max(shape) * direction(rng)
+    contrast = 80 - variety * rng.uniform(0, 45)
+    bias = 0.1 + variety * rng.uniform(0, 1.1)
+    noise = 5 + variety * rng.uniform(0, 20)
+    image = 100 + 15 * smooth_noise(rng, shape, 4)
+    bright = organ + rng.uniform(0.7, 1.1) * distractors
+    image += contrast * ndimage.gaussian_filter(bright, 0.6)
+    slope = bias / max(shape) * direction(rng)
     image *= np.exp(np.tensordot(slope, grid(shape, np.divide(shape, 2)), 1))
-    image += rng.uniform(5, 25) * rng.standard_normal(shape)
+    image += noise * rng.standard_normal(shape)
     return image.astype(np.float32), organ.astype(np.uint8)
 
 
 def make_organ(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     """Mask of two or three joined ellipsoids with an uneven surface."""
-    center = shape * rng.uniform(0.38, 0.62, 3)
-    radii = min(shape) * rng.uniform(0.17, 0.26, 3)
+    center = shape * rng.uniform(0.4, 0.6, 3)
+    radii = min(shape) * rng.uniform(0.22, 0.32, 3)
     axes = np.linalg.qr(rng.standard_normal((3, 3)))[0]
     distance = ellipsoid(shape, center, radii, axes)
     for _ in range(rng.integers(1, 3)):
@@ -289,12 +294,12 @@ def make_distractors(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
     """Mask of straight vessels, which may end at the organ, and of balls, which keep a distance from it."""
     shape = organ.shape
     vessels, balls = np.zeros(shape, bool), np.zeros(shape, bool)
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(2, 4)):
         offset, along = grid(shape, shape * rng.uniform(0, 1, 3)), direction(rng)
         across = np.linalg.norm(offset - np.multiply.outer(along, np.tensordot(along, offset, 1)), axis=0)
-        vessels |= across < min(shape) * rng.uniform(0.04, 0.09)
-    for _ in range(rng.integers(3, 7)):
-        center, radii = shape * rng.uniform(0, 1, 3), min(shape) * rng.uniform(0.07, 0.16, 3)
+        vessels |= across < min(shape) * rng.uniform(0.04, 0.08)
+    for _ in range(rng.integers(3, 6)):
+        center, radii = shape * rng.uniform(0, 1, 3), min(shape) * rng.uniform(0.07, 0.14, 3)
         balls |= ellipsoid(shape, center, radii, np.eye(3)) < 1
     return vessels & ~organ | balls & ~ndimage.binary_dilation(organ, iterations=2)
 
