@@ -175,7 +175,11 @@ def main() -> None:
     splits = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())
     for fold in args.folds:
         for trainer in args.trainers:
-            name = trainer + suffix + (f"-seed={args.seed}" if args.seed else "")
+            name = (
+                f"{trainer}{suffix}-{args.steps}-seed={args.seed}"
+                if args.steps != 4000 or args.seed
+                else trainer + suffix
+            )
             folder = train(args, dataset, configuration, trainer, name, fold)
             for network, checkpoint in checkpoints(folder).items():
                 dice = predict(args, dataset, configuration, name, fold, checkpoint)

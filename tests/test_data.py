@@ -349,6 +349,14 @@ def test_the_outside_follows_the_geometry_of_both_views(dummy_2d):
     assert len(shapes) == 6
 
 
+def test_a_voxel_that_is_0_in_one_channel_only_lies_inside():
+    loader = crop_loader(mask=[True, True], mirror=False)
+    crop, _ = masked_crop(channels=2)
+    crop[0, 4, 8, 6] = 0
+    for view in loader.augment(crop.clone()).values():
+        assert torch.equal(view, crop)
+
+
 def test_the_outside_is_not_touched_where_no_mask_was_used_for_the_normalisation():
     loader = crop_loader(mirror=False, intensity=1)
     crop, outside = masked_crop()

@@ -208,6 +208,7 @@ def test_the_network_is_found_in_every_wrapper():
         teacher = network(seed=0)
         update_ema(teacher, wrapped, 0)
         assert_same(snapshot(teacher), snapshot(net))
+        assert len(forward_with_features(wrapped, torch.randn(1, 1, 8, 8))[1]) == len(FEATURES)
 
 
 @every_network
