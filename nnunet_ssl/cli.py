@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if options.traceback:
             raise
         print(f"nnunet-ssl {options.command}: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import blosc2
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -24,7 +24,7 @@ from nnunet_ssl.preprocessing import finished_cases, unlabeled_folder
 
 GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
-OUTSIDE = 1e-3  # normalised intensity; below it in every channel a voxel lies outside a mask-normalised image
+OUTSIDE = 1e-3  # normalised intensity; below it in every mask-normalised channel a voxel lies outside the mask
 
 
 @dataclass
@@ -77,11 +77,20 @@ def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, Bas
 
     Mirroring moves from the end to the other spatial transforms, so that a weak view (geometry only) and a strong one
     (geometry and intensity) show the same voxels. Everything that concerns labels only is left out.
+
+    Raises:
+        NotImplementedError: a transform of which it is not known whether it moves voxels.
     """
     geometry = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
     masking = [t for t in transforms.transforms if isinstance(t, MaskImageTransform)]
     skipped = (*GEOMETRY, MaskImageTransform, *NEEDS_LABELS)
     intensity = [t for t in transforms.transforms if not isinstance(t, skipped)]
+    for transform in intensity:
+        if not isinstance(getattr(transform, "transform", transform), ImageOnlyTransform):
+            raise NotImplementedError(
+                f"The augmentation of unlabeled images does not support {transform}. Use nnU-Net's default training "
+                f"transforms, or extend split_transforms in nnunet_ssl/data.py."
+            )
     return ComposeTransforms(geometry), ComposeTransforms(intensity), ComposeTransforms(masking)
 
 
@@ -119,7 +128,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         sample = {"image": crop}
         if self.masking.transforms:
             # nnU-Net's mask is -1 outside; read off the image, because stored segmentations know the labels
-            sample["segmentation"] = -(crop.abs() < OUTSIDE).all(0, keepdim=True).to(torch.int16)
+            normalised = crop[self.masking.transforms[0].apply_to_channels]
+            sample["segmentation"] = -(normalised.abs() < OUTSIDE).all(0, keepdim=True).to(torch.int16)
         weak = self.geometry(**sample)
         # intensity transforms work in place
         strong = self.intensity(**{**weak, "image": weak["image"].clone()})

@@ -163,7 +163,7 @@ def _check_unlabeled(
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_ssl.preprocessing import unlabeled_folder
+    from nnunet_ssl.preprocessing import check_settings, preprocessing_settings, unlabeled_folder
 
     if not all(os.environ.get(name) for name in FOLDERS):
         text = "not looked for, as long as the folders above are not set"
@@ -197,8 +197,14 @@ def _check_unlabeled(
         images_un = Path(os.environ["nnUNet_raw"], name, "imagesUn")
         ours = f"nnunet-ssl preprocess -d {dataset} -c {configuration} -p {plans_identifier}"
         stock = f"nnUNetv2_preprocess -d {dataset} -c {configuration} -plans_name {plans_identifier}"
+        own = unlabeled_folder(preprocessed, folders[configuration])
+        try:
+            check_settings(own, preprocessing_settings(plans, plans.get_configuration(configuration)))
+        except ValueError as error:
+            yield Check(title, False, str(error), f"rm -r {own}, then run: {ours}")
+            continue
         found = [
-            *_check_images_un(title, images_un, unlabeled_folder(preprocessed, folders[configuration]), ours),
+            *_check_images_un(title, images_un, own, ours),
             *_check_splits(title, preprocessed / folders[configuration], fold, stock),
         ]
         if not found:

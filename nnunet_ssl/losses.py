@@ -41,7 +41,7 @@ def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tenso
         raise NotImplementedError(
             f"The masked loss is implemented for nnU-Net's DC_and_CE_loss without ignore label, not {loss}."
         )
-    mask = mask.to(logits.dtype)
+    mask = mask.float()  # not half: the number of voxels is beyond its range
     dice = loss.dc(logits, target, loss_mask=mask)
     entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none") * mask[:, 0]
     return loss.weight_ce * entropy.sum() / mask.sum().clamp_min(1) + loss.weight_dice * dice

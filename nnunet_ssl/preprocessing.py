@@ -20,6 +20,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
+from nnunet_ssl.files import replacing
+
 FILES = ("_seg.b2nd", ".b2nd", ".pkl")  # of a preprocessed case; moved into place in this order, the last one marks it
 # What decides how a preprocessed image looks. Patch size, batch size and network may change without harm.
 SETTINGS = (
@@ -129,7 +131,7 @@ def load_plans(folder: Path, plans_identifier: str, configurations: Sequence[str
     """
     file = folder / f"{plans_identifier}.json"
     if not file.is_file():
-        others = sorted(path.stem for path in folder.glob("*Plans*.json"))
+        others = sorted(path.stem for path in folder.glob("*Plans*.json") if not path.stem.endswith("_unlabeled"))
         raise FileNotFoundError(
             f"{file} is missing. Plan and preprocess the labeled scans first: nnUNetv2_plan_and_preprocess "
             f"-d {convert_dataset_name_to_id(folder.name)} -c {' '.join(configurations)}"
@@ -184,10 +186,8 @@ def check_settings(target: Path, settings: dict[str, Any]) -> None:
 
 def write_settings(target: Path, settings: dict[str, Any]) -> None:
     """Note the settings beside the folder, in one step."""
-    file = settings_file(target)
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, file)
+    with replacing(settings_file(target)) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
 
 
 def finished_cases(target: Path) -> set[str]:

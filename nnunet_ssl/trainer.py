@@ -12,6 +12,7 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2 import paths
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -22,7 +23,7 @@ from torch import Tensor, autocast, nn
 from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
 from nnunet_ssl.files import replacing
 from nnunet_ssl.networks import unwrap
-from nnunet_ssl.preprocessing import check_settings, preprocessing_settings, unlabeled_folder
+from nnunet_ssl.preprocessing import check_settings, find_scans, preprocessing_settings, unlabeled_folder
 from nnunet_ssl.random_state import get_random_state, set_random_state
 
 CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
@@ -59,7 +60,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Yields dicts of named, weighted scalar terms; the terms of one dict share one forward graph.
 
         Each dict is back-propagated and its graph freed before the next one is asked for, so the peak memory is that
-        of the largest graph and the update that of the sum of all terms.
+        of the largest graph and the update that of the sum of all terms. Every step has the same terms; the name
+        "loss" is taken by their sum.
         """
         raise NotImplementedError
 
@@ -88,6 +90,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.companions = SimpleNamespace()
         self._resume_random_state = None
 
+    def _restart_companions(self) -> None:
+        # in place: the optimizer holds the parameters of those that are trained
+        for name, network in self.build_companions().items():
+            getattr(self.companions, name).load_state_dict(network.state_dict())
+
     @property
     def max_steps(self) -> int:
         """Optimizer steps of the whole training."""
@@ -97,6 +104,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._refuse_unsupported()
         super().initialize()
         self.companions = SimpleNamespace(**self.build_companions())
+        for student in self.students()[1:]:
+            self.optimizer.add_param_group({"params": list(student.parameters())})
 
     def _refuse_unsupported(self) -> None:
         name = type(self).__name__
@@ -210,16 +219,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             transforms=val_transforms,
             **sampling,
         )
-        self._log_data(len(dataset_tr.identifiers), len(files), len(dataset_val.identifiers))
+        self._log_data(len(dataset_tr.identifiers), files, len(dataset_val.identifiers))
 
         workers = get_allowed_n_proc_DA()
         train = _augmenter(PairedDataLoader(labeled, unlabeled), workers, max(6, workers // 2), self.device)
-        val = _augmenter(validation, (workers + 1) // 2, max(3, workers // 4), self.device)
+        val = _augmenter(validation, min(workers, max(1, workers // 2)), max(3, workers // 4), self.device)
         next(train)
         next(val)
         return train, val
 
-    def _log_data(self, labeled: int, unlabeled: int, validation: int) -> None:
+    def _log_data(self, labeled: int, unlabeled: dict[str, Path], validation: int) -> None:
         settings = {
             name: getattr(self, name)
             for cls in type(self).__mro__[: type(self).__mro__.index(SemiSupervisedTrainer) + 1]
@@ -227,12 +236,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if not name.startswith("_") and isinstance(value, int | float | str | bool)
         }
         self.print_to_log_file(
-            f"Cases: {labeled} labeled, {unlabeled} unlabeled, {validation} for validation.\n"
+            f"Cases: {labeled} labeled, {len(unlabeled)} unlabeled, {validation} for validation.\n"
             f"Every batch: {self.batch_size} labeled and {self.batch_size} unlabeled patches of "
             f"{list(self.configuration_manager.patch_size)} voxels; {self.max_steps} steps.\n"
             f"{type(self).__name__}: " + ", ".join(f"{name} = {value}" for name, value in sorted(settings.items())),
             add_timestamp=False,
         )
+        if paths.nnUNet_raw.is_set():
+            images = Path(paths.nnUNet_raw) / self.plans_manager.dataset_name / "imagesUn"
+            missing = find_scans(images, self.dataset_json["file_ending"])[0].keys() - unlabeled.keys()
+            if missing:
+                self.print_to_log_file(
+                    f"WARNING: {len(missing)} scans of {images} are not preprocessed and not used. Run: nnunet-ssl "
+                    f"preprocess -d {self.plans_manager.dataset_name[7:10]} -c {self.configuration_name}"
+                )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         super().set_deep_supervision_enabled(enabled)
@@ -245,8 +262,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         fresh = self.current_epoch == 0 and self.step == 0
         if fresh and self.was_initialized:
             # weights given by -pretrained_weights were loaded after initialize: start the companions from them
-            self.companions = SimpleNamespace(**self.build_companions())
+            self._restart_companions()
         super().on_train_start()
+        for leftover in Path(self.output_folder).glob(".checkpoint_*.tmp"):
+            leftover.unlink()  # a training that was killed while it wrote a checkpoint
         self._trim_losses_csv()
         if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
@@ -334,8 +353,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not path.is_file():
             return
         with path.open(newline="") as f:
-            header, *rows = csv.reader(f)
-        kept = [row for row in rows if int(row[0]) < self.current_epoch]
+            header, *rows = list(csv.reader(f)) or [[]]
+        # a line that was cut off belongs to an epoch that is going to be trained again
+        kept = [row for row in rows if len(row) == len(header) and int(row[0]) < self.current_epoch]
         if kept:
             with replacing(path) as temporary, open(temporary, "w", newline="") as f:
                 csv.writer(f).writerows([header, *kept])
@@ -395,7 +415,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(CHECKPOINT_KEY)
         if state is None:  # written by stock nnU-Net: the companions start from its weights
-            self.companions = SimpleNamespace(**self.build_companions())
+            self._restart_companions()
             self.step = self.current_epoch * self.num_iterations_per_epoch
             return
         unwrap(self.network).load_state_dict(state["student"])

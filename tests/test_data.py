@@ -11,6 +11,7 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -232,6 +233,14 @@ def test_splitting_leaves_the_labeled_streams_transforms_alone():
     before = list(transforms.transforms)
     split_transforms(transforms)
     assert transforms.transforms == before
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_transform_that_may_move_voxels_and_is_unknown_is_refused(wrap):
+    unknown = TransposeAxesTransform((0, 1, 2))
+    transforms = ComposeTransforms([*training_transforms().transforms, RandomTransform(unknown) if wrap else unknown])
+    with pytest.raises(NotImplementedError, match="TransposeAxesTransform"):
+        split_transforms(transforms)
 
 
 # ---- views ----

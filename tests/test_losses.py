@@ -188,6 +188,12 @@ def test_a_sure_and_right_prediction_gives_minus_one(dim, classes, batch_dice):
     assert loss.item() == pytest.approx(-1, abs=1e-4)
 
 
+def test_more_voxels_than_half_precision_can_count_are_no_problem():
+    logits, target = torch.randn(1, 2, 300, 300).half(), torch.randint(0, 2, (1, 1, 300, 300))
+    loss = masked_loss(nnunet_loss(), logits, target, torch.ones_like(target))
+    assert loss.item() == pytest.approx(nnunet_loss()(logits.float(), target).item(), abs=1e-3)
+
+
 def test_a_scale_of_weight_0_is_never_looked_at():
     logits, target, mask = random_logits(2, 3), random_target(2, 3), random_mask(3)
     loss = nnunet_loss(deep=True)

@@ -230,6 +230,12 @@ def test_tensors_of_different_shapes_are_not_mixed(shape):
         mix(torch.zeros(2, 1, 16, 16), torch.zeros(shape), block_mask(2, (16, 16)))
 
 
+def test_nothing_leaks_from_the_source_that_was_not_taken():
+    first, mask = torch.randn(2, 1, 16, 16, generator=generator()), block_mask(2, (16, 16), generator=generator())
+    broken = torch.where(mask, float("nan"), 1.0)
+    assert torch.equal(mix(first, broken, mask), torch.where(mask, first, 1.0))
+
+
 def test_the_gradient_reaches_only_the_source_that_was_taken():
     first, second = (x.requires_grad_() for x in torch.randn(2, 3, 2, 32, 32, generator=generator()).unbind())
     mask = block_mask(3, (32, 32), generator=generator())

@@ -177,6 +177,66 @@ def test_a_failed_write_keeps_the_earlier_checkpoint(tiny_dataset, tmp_path, mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+class TwoStudents(SemiSupervisedTrainer):
+    """A second network that is trained as well."""
+
+    def build_companions(self):
+        return {"second": frozen_copy(self.network).requires_grad_(True)}
+
+    def losses(self, batch):
+        yield {"first": self.loss(self.network(batch.image), batch.target)}
+        yield {"second": self.loss(self.companions.second(batch.image), batch.target)}
+
+
+def test_a_second_student_is_trained_and_starts_from_pretrained_weights(tiny_dataset):
+    seed()
+    trainer = make_trainer(TwoStudents, tiny_dataset)
+    trainer.initialize()
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.mul_(0.9)
+    trainer.on_train_start()
+    second = trainer.companions.second
+    pairs = list(zip(trainer.network.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    trainer.train_step(next(trainer.dataloader_train))
+    # same weights, same batch, same optimizer: the same step
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert any((p != q).any() for p, q in zip(second.parameters(), make_trainer_weights(trainer), strict=True))
+    assert len(trainer.students()) == len(trainer.optimizer.param_groups) == 2
+
+
+def make_trainer_weights(trainer):
+    """The second student's weights before its step, undone from the optimizer's momentum (Nesterov, first step)."""
+    group = trainer.optimizer.param_groups[1]
+    scale = group["lr"] * (1 + group["momentum"])
+    state = trainer.optimizer.state
+    return [p + scale * state[p]["momentum_buffer"] if p in state else p for p in group["params"]]
+
+
+def test_rows_of_losses_that_are_trained_again_or_were_cut_off_are_dropped(tiny_dataset):
+    trainer = make_trainer(TwoGraphs, tiny_dataset)
+    path = Path(trainer.output_folder) / "losses.csv"
+    for text, kept in (("epoch,loss\n0,1.5\n1,1.25\n2,", ["0,1.5"]), ("", None), ("epoch,loss\n5,1\n", None)):
+        path.write_text(text)
+        trainer.current_epoch = 1
+        trainer._trim_losses_csv()
+        if kept is None:
+            assert not path.exists()
+        else:
+            assert path.read_text().split() == ["epoch,loss", *kept]
+
+
+def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_path, monkeypatch):
+    images = tmp_path / "Dataset701_Tiny" / "imagesUn"
+    images.mkdir(parents=True)
+    for case in ("unlabeled_000", "late"):
+        (images / f"{case}_0000.nii.gz").touch()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    trainer = started(TwoGraphs, tiny_dataset)
+    assert "WARNING: 1 scans of" in Path(trainer.log_file).read_text()
+
+
 # ---- what is refused, before any epoch ----
 
 
@@ -343,6 +403,7 @@ def test_a_killed_training_continues_with_the_same_losses(kill, uninterrupted, t
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert losses_of(tmp_path) == uninterrupted
+    assert not list(fold_folder(tmp_path).glob(".*"))  # no temporary file of the killed process
     assert len(uninterrupted) == 5
 
 
@@ -390,3 +451,18 @@ def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
     assert process.returncode != 0
     assert "KeyboardInterrupt" in output
     assert not [pid for pid in workers if is_running(pid)]
+
+
+def test_the_readmes_method_keeps_the_contract(tiny_dataset):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    source = text.split("```python\n")[1].split("```")[0]
+    module = {"__name__": "readme"}
+    exec(source, module)
+    trainer = started(module["nnUNetTrainerMeanTeacher"], tiny_dataset)
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    batch.unlabeled.requires_grad_()
+    terms = [term for group in trainer.losses(batch) for term in group.items()]
+    assert [name for name, _ in terms] == ["supervised", "consistency"]
+    sum(value for _, value in terms).backward()
+    assert (batch.unlabeled.grad.flatten(1).abs().amax(1) > 0).all()
+    assert module["__getattr__"]("nnUNetTrainerMeanTeacher_3epochs").num_epochs == 3

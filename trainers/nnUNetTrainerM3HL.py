@@ -19,24 +19,27 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     """M3HL: labeled and unlabeled scans mixed by random block masks, feature consistency with an EMA teacher."""
 
-    mask_cells = 4  # cells of the block grid per axis
-    mask_ratio = 0.5  # part of the cells that the second image of a mix fills
+    mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
+    mask_ratio = 0.5  # part of the cells that half a takes from unlabeled images; half b has the complement
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
-    feature_weight = 0.5  # lambda: weight of L_low + L_high, relative to cross entropy + Dice (nnU-Net's scaling)
+    feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
     largest_component = False  # clean pseudo labels: keep the largest component per class
     teacher_decay = 0.99  # of the EMA, per step, after the warm-up
     weak_view = True
 
     def build_companions(self):
+        if self.feature_pairs not in ("all", "matched"):
+            raise ValueError(f'feature_pairs is "all" or "matched", not {self.feature_pairs!r}.')
         return {"teacher": frozen_copy(self.network)}
 
     def losses(self, batch):
         with torch.no_grad():
-            output, teacher_skips = forward_with_features(self.companions.teacher, batch.unlabeled_weak)
-        pseudo = hard_labels(output[0] if isinstance(output, list) else output)
+            output, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
+            pseudo = hard_labels(output[0] if isinstance(output, list) else output)
         if self.largest_component:
             pseudo = keep_largest_component(pseudo)
+        target_features = [halves(f) for f in features]
 
         # b is mixed with the complement of a's masks
         half = (len(batch.image) + 1) // 2
@@ -47,20 +50,27 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         image = mix(halves(batch.image), halves(batch.unlabeled), mask)
         target = mix(halves(batch.labels), halves(pseudo).to(batch.labels.dtype), mask)
 
-        output, skips = forward_with_features(self.network, image)
+        output, features = self.forward(self.network, image)
         terms = {
             "labeled": masked_loss(self.loss, output, target, mask),
             "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask),
         }
         if self.feature_weight:
-            low, high = skips[1], skips[-1]
-            teacher_low, teacher_high = halves(teacher_skips[1]), halves(teacher_skips[-1])
             a, b = slice(0, half), slice(half, None)
             pairs = [(a, a), (b, b)] + ([(a, b), (b, a)] if self.feature_pairs == "all" else [])
-            weight = self.feature_weight / len(pairs)
-            terms["low"] = weight * sum(feature_l1(low[s], teacher_low[t]) for s, t in pairs)
-            terms["high"] = weight * sum(feature_cosine(high[s], teacher_high[t]) for s, t in pairs)
+            # the terms above are means over both halves where Eq. 3 has sums: hence 1/2
+            weight = self.feature_weight / 2 / len(pairs)
+            (low, high), (target_low, target_high) = features, target_features
+            terms["low"] = weight * sum(feature_l1(low[s], target_low[t]) for s, t in pairs)
+            terms["high"] = weight * sum(feature_cosine(high[s], target_high[t]) for s, t in pairs)
         yield terms
+
+    def forward(self, network, image):
+        """Output and the two feature taps: after the first downsampling and at the bottleneck; none if unused."""
+        if not self.feature_weight:
+            return network(image), []
+        output, skips = forward_with_features(network, image)
+        return output, [skips[1], skips[-1]]
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))

@@ -1,0 +1,135 @@
+"""M3HL's step against a direct implementation of the paper's equations, sample by sample."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training import make_trainer, seed
+
+from nnunet_ssl.data import Batch
+from nnunet_ssl.mixing import block_mask
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainerM3HL
+
+
+def started(dataset, trainer=nnUNetTrainerM3HL, **settings):
+    seed()
+    made = make_trainer(trainer, dataset, enable_deep_supervision=False, **settings)
+    made.on_train_start()
+    made.network.train()
+    return made
+
+
+def random_batch(size, shape=(16, 16, 16)):
+    images = torch.randn(3, size, 1, *shape)
+    labels = (torch.rand(size, 1, *shape) > 0.6).to(torch.int16)
+    return Batch(image=images[0], target=labels, unlabeled=images[1], unlabeled_weak=images[2])
+
+
+def dice_and_cross_entropy(logits, target, mask):
+    """Of a batch (B, 2, *spatial) restricted to a mask (B, 1, *spatial), in nnU-Net's scaling."""
+    foreground = logits.softmax(1)[:, 1]
+    dice = []
+    for p, t, m in zip(foreground, target[:, 0].float(), mask[:, 0].float(), strict=True):
+        dice.append((2 * (p * t * m).sum() + 1e-5) / ((p * m).sum() + (t * m).sum() + 1e-5))
+    entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none")[mask[:, 0]]
+    return entropy.mean() - torch.stack(dice).mean()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("pairs", ["all", "matched"])
+def test_a_step_is_that_of_the_equations(tiny_dataset, size, pairs):
+    trainer = started(tiny_dataset, feature_pairs=pairs, pseudo_weight=0.3, feature_weight=0.7, mask_cells=2)
+    with torch.no_grad():
+        for parameter in trainer.companions.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # a teacher that differs from the student
+    batch = random_batch(size)
+    seed(5)
+    (terms,) = trainer.losses(batch)
+
+    seed(5)
+    half = (size + 1) // 2
+    masks = block_mask(half, (16, 16, 16), cells=2, ratio=0.5)
+    teacher, student = trainer.companions.teacher, trainer.network
+    pseudo = teacher(batch.unlabeled_weak).argmax(1, keepdim=True)
+    # (labeled sample, unlabeled sample, mask) of half a and of half b; 1 keeps the labeled voxel
+    a = [(i, i, masks[i]) for i in range(half)]
+    b = [(size - half + i, size - half + i, ~masks[i]) for i in range(half)]
+    images, targets, keep = [], [], []
+    for labeled, unlabeled, mask in a + b:
+        images.append(batch.image[labeled] * mask + batch.unlabeled[unlabeled] * ~mask)
+        targets.append(batch.target[labeled] * mask + pseudo[unlabeled] * ~mask)
+        keep.append(mask)
+    image, target, keep = torch.stack(images), torch.stack(targets), torch.stack(keep)
+    logits = student(image)
+    expected = {
+        "labeled": dice_and_cross_entropy(logits, target, keep),
+        "pseudo": 0.3 * dice_and_cross_entropy(logits, target, ~keep),
+    }
+    skips, teacher_skips = student.encoder(image), teacher.encoder(batch.unlabeled_weak)
+    combinations = list(itertools.product("ab", "ab")) if pairs == "all" else [("a", "a"), ("b", "b")]
+    low = high = 0
+    for s, t in combinations:
+        for i in range(half):
+            mixed = i if s == "a" else half + i
+            plain = (a if t == "a" else b)[i][1]
+            low = low + (skips[1][mixed] - teacher_skips[1][plain]).abs().mean() / half
+            x, y = skips[-1][mixed].flatten(), teacher_skips[-1][plain].flatten()
+            high = high + (1 - x @ y / x.norm() / y.norm()) / half
+    # the paper sums cross entropy and Dice over the halves, the terms above are their means: half the weight
+    expected["low"] = 0.7 / 2 * low / len(combinations)
+    expected["high"] = 0.7 / 2 * high / len(combinations)
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(tiny_dataset, monkeypatch):
+    trainer = started(tiny_dataset, feature_weight=0.0, pseudo_weight=0.0)
+    batch = random_batch(2)
+    # a mask whose complement is the same: every voxel of both halves is labeled
+    everything = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
+    module = type(trainer).losses.__globals__
+    monkeypatch.setitem(module, "block_mask", lambda *args, **kwargs: everything[:1])
+    monkeypatch.setitem(module, "torch", Everything(torch, everything))
+    (terms,) = trainer.losses(batch)
+    sum(terms.values()).backward()
+    gradients = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
+    trainer.network.zero_grad()
+    trainer.loss(trainer.network(batch.image), batch.target).backward()
+    expected = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+class Everything:
+    """torch, but the mask of both halves is given."""
+
+    def __init__(self, module, mask):
+        self.module, self.mask = module, mask
+
+    def cat(self, tensors):
+        return self.mask
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+def test_m3_differs_from_m3hl_in_attributes_only():
+    own = {name: value for name, value in vars(nnUNetTrainerM3).items() if not name.startswith("__")}
+    assert own == {"feature_weight": 0.0}
+    assert nnUNetTrainerM3.__bases__ == (nnUNetTrainerM3HL,)
+
+
+def test_pseudo_labels_can_be_cleaned(tiny_dataset, monkeypatch):
+    trainer = started(tiny_dataset, largest_component=True)
+    calls = []
+    module = type(trainer).losses.__globals__
+    original = module["keep_largest_component"]
+    monkeypatch.setitem(module, "keep_largest_component", lambda labels: calls.append(labels) or original(labels))
+    list(trainer.losses(random_batch(2)))
+    assert [labels.shape for labels in calls] == [(2, 1, 16, 16, 16)]
+
+
+def test_an_unknown_pairing_is_refused_at_the_start(tiny_dataset):
+    with pytest.raises(ValueError, match="feature_pairs"):
+        started(tiny_dataset, feature_pairs="al")
