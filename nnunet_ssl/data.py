@@ -135,7 +135,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         strong = self.intensity(**{**weak, "image": weak["image"].clone()})
         views = {"unlabeled": self.masking(**strong)["image"]}
         if self.weak_view:
-            views["unlabeled_weak"] = self.masking(**weak)["image"]
+            views["unlabeled_weak"] = self.masking(**{**weak, "image": weak["image"].clone()})["image"]
         return views
 
 

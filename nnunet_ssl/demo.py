@@ -22,7 +22,7 @@ DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
 TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3HL_5epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
-VARIETY = {"labeled": 0.25, "unlabeled": 1.0, "test": 1.0}
+NOISE = {"labeled": (5, 10), "unlabeled": (5, 80), "test": (5, 80)}
 SEED = 0  # of the scans; the training is not seeded, nnU-Net does not seed it either
 SHAPE = (24, 32, 32)  # voxels of a scan, slices first
 SPACING = 3.0  # mm, along every axis
@@ -227,7 +227,7 @@ def write_dataset(folder: Path, seed: int = SEED) -> None:
     for kind, ending in (("labeled", "Tr"), ("unlabeled", "Un"), ("test", "Ts")):
         for index in range(CASES[kind]):
             case = f"{kind}_{index:03d}"
-            image, label = make_case(rng, variety=VARIETY[kind])
+            image, label = make_case(rng, noise=NOISE[kind])
             write_image(folder / f"images{ending}" / f"{case}_0000.nii.gz", image)
             if kind != "unlabeled":
                 write_image(folder / f"labels{ending}" / f"{case}.nii.gz", label)
@@ -248,7 +248,7 @@ def write_image(file: Path, array: np.ndarray) -> None:
 
 
 def make_case(
-    rng: np.random.Generator, shape: Sequence[int] = SHAPE, variety: float = 1.0
+    rng: np.random.Generator, shape: Sequence[int] = SHAPE, noise: tuple[float, float] = (5, 80)
 ) -> tuple[np.ndarray, np.ndarray]:
     """One synthetic scan: a bright lobed organ among vessels and balls as bright, with a bias field and noise.
 
@@ -261,16 +261,12 @@ def make_case(
         faces of the image, and 0 elsewhere.
     """
     organ = make_organ(rng, shape)
-    distractors = make_distractors(rng, organ)
-    contrast = 80 - variety * rng.uniform(0, 45)
-    bias = 0.1 + variety * rng.uniform(0, 1.1)
-    noise = 5 + variety * rng.uniform(0, 20)
+    vessels, balls = make_neighbours(rng, organ)
     image = 100 + 15 * smooth_noise(rng, shape, 4)
-    bright = organ + rng.uniform(0.7, 1.1) * distractors
-    image += contrast * ndimage.gaussian_filter(bright, 0.6)
-    slope = bias / max(shape) * direction(rng)
+    image += rng.uniform(65, 85) * ndimage.gaussian_filter(organ + 1.7 * vessels + 0.4 * balls, 0.6)
+    slope = rng.uniform(0, 0.4) / max(shape) * direction(rng)
     image *= np.exp(np.tensordot(slope, grid(shape, np.divide(shape, 2)), 1))
-    image += noise * rng.standard_normal(shape)
+    image += rng.uniform(*noise) * rng.standard_normal(shape)
     return image.astype(np.float32), organ.astype(np.uint8)
 
 
@@ -290,7 +286,7 @@ def make_organ(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     return parts == np.bincount(parts[parts > 0]).argmax()
 
 
-def make_distractors(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
+def make_neighbours(rng: np.random.Generator, organ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mask of straight vessels, which may end at the organ, and of balls, which keep a distance from it."""
     shape = organ.shape
     vessels, balls = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -301,7 +297,7 @@ def make_distractors(rng: np.random.Generator, organ: np.ndarray) -> np.ndarray:
     for _ in range(rng.integers(3, 6)):
         center, radii = shape * rng.uniform(0, 1, 3), min(shape) * rng.uniform(0.07, 0.14, 3)
         balls |= ellipsoid(shape, center, radii, np.eye(3)) < 1
-    return vessels & ~organ | balls & ~ndimage.binary_dilation(organ, iterations=2)
+    return vessels & ~organ, balls & ~vessels & ~ndimage.binary_dilation(organ, iterations=2)
 
 
 def ellipsoid(shape: Sequence[int], center: np.ndarray, radii: np.ndarray, axes: np.ndarray) -> np.ndarray:

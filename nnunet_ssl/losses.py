@@ -37,9 +37,11 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
 
 
 def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    if type(loss) is not DC_and_CE_loss or loss.ignore_label is not None:
+    plain = type(loss) is DC_and_CE_loss and loss.ignore_label is None
+    if not plain or loss.ce.weight is not None or loss.ce.label_smoothing:
         raise NotImplementedError(
-            f"The masked loss is implemented for nnU-Net's DC_and_CE_loss without ignore label, not {loss}."
+            f"The masked loss is implemented for nnU-Net's DC_and_CE_loss without ignore label, class weights and "
+            f"label smoothing, not for {loss}."
         )
     mask = mask.float()  # not half: the number of voxels is beyond its range
     dice = loss.dc(logits, target, loss_mask=mask)

@@ -36,14 +36,20 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
         decay: in [0, 1]; 0 copies the student, 1 leaves the teacher as it is.
 
     Raises:
-        ValueError: names or shapes of parameters differ; nothing is changed then.
+        ValueError: names or shapes of parameters or buffers differ; nothing is changed then.
     """
-    old, new = dict(teacher.named_parameters()), dict(unwrap(student).named_parameters())
-    if {n: p.shape for n, p in old.items()} != {n: p.shape for n, p in new.items()}:
+    student = unwrap(student)
+    old, new = dict(teacher.named_parameters()), dict(student.named_parameters())
+    buffers, sources = dict(teacher.named_buffers()), dict(student.named_buffers())
+    if _shapes(old | buffers) != _shapes(new | sources):
         raise ValueError("An exponential moving average needs networks with the same parameter names and shapes.")
     torch._foreach_lerp_(list(old.values()), [new[name] for name in old], 1.0 - decay)
-    for buffer, source in zip(teacher.buffers(), unwrap(student).buffers(), strict=True):
-        buffer.copy_(source)
+    for name, buffer in buffers.items():
+        buffer.copy_(sources[name])
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def logits(network: nn.Module, x: Tensor) -> Tensor:

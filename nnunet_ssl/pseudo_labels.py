@@ -14,7 +14,8 @@ def hard_labels(logits: Tensor) -> Tensor:
 def keep_largest_component(labels: Tensor) -> Tensor:
     """Sets all but the largest connected component of every class of every sample to background (0).
 
-    Full connectivity (26 neighbours in 3D, 8 in 2D), as BCP and M3HL's released code. Runs on the host: a GPU waits.
+    Full connectivity (26 neighbours in 3D, 8 in 2D), as BCP and M3HL's released code; components of the same size all
+    stay. Runs on the host: a GPU waits.
 
     Args:
         labels: (B, 1, *spatial), integer, 0 is background. A class without voxels stays empty.

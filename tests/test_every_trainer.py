@@ -26,6 +26,12 @@ def started(trainer_class, configuration, dataset, request, **settings):
     return trainer
 
 
+def late(trainer):
+    """The trainer at the end of its training: pretraining and ramp-ups are over."""
+    trainer.step = trainer.max_steps
+    return trainer
+
+
 def groups_of_terms(trainer, batch):
     return list(trainer.losses(batch))
 
@@ -46,7 +52,7 @@ def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, 
 
 @everywhere
 def test_the_loss_has_a_gradient_with_respect_to_the_unlabeled_images(trainer_class, configuration, dataset, request):
-    trainer = started(trainer_class, configuration, dataset, request)
+    trainer = late(started(trainer_class, configuration, dataset, request))
     batch = trainer._to_device(next(trainer.dataloader_train))
     batch.unlabeled.requires_grad_()
     sum(value for group in groups_of_terms(trainer, batch) for value in group.values()).backward()
@@ -82,7 +88,7 @@ def test_a_step_trains_the_students_and_leaves_no_gradient_in_a_teacher(trainer_
 
 def test_a_teacher_follows_the_student(trainer_class, tiny_dataset):
     seed()
-    trainer = make_trainer(trainer_class, tiny_dataset)
+    trainer = late(make_trainer(trainer_class, tiny_dataset))
     trainer.on_train_start()
     if not hasattr(trainer.companions, "teacher"):
         pytest.skip("no network is named teacher")
@@ -117,7 +123,7 @@ def poison(folder, cases):
 def test_labels_of_unlabeled_cases_change_nothing(trainer_class, configuration, tiny_dataset, tmp_path, monkeypatch):
     def first_losses():
         seed()
-        trainer = make_trainer(trainer_class, tiny_dataset, configuration)
+        trainer = late(make_trainer(trainer_class, tiny_dataset, configuration))
         trainer.on_train_start()
         trainer.network.train()
         return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(3)]
@@ -136,6 +142,7 @@ def test_labels_of_unlabeled_cases_change_nothing(trainer_class, configuration, 
 @everywhere
 def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuration, dataset, request, tmp_path):
     trainer = started(trainer_class, configuration, dataset, request)
+    trainer.step = 1
     for _ in range(3):
         trainer.train_step(next(trainer.dataloader_train))
     for name in ("mean_fg_dice", "ema_fg_dice"):
@@ -148,7 +155,7 @@ def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuratio
     resumed.load_checkpoint(str(tmp_path / "checkpoint.pth"))
     resumed.on_train_start()
     resumed.network.train()
-    assert resumed.step == 3
+    assert resumed.step == 4
     assert [resumed.train_step(next(resumed.dataloader_train)) for _ in range(3)] == expected
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 

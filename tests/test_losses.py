@@ -327,3 +327,12 @@ def test_feature_cosine_of_empty_maps_is_finite():
     loss.backward()
     assert loss.isfinite()
     assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"weight": torch.tensor([0.1, 1.0])}, {"label_smoothing": 0.1}])
+def test_settings_of_the_cross_entropy_that_the_masked_loss_does_not_know_are_refused(settings):
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    loss = DC_and_CE_loss(dice, settings, dice_class=MemoryEfficientSoftDiceLoss)
+    logits, target = torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
+    with pytest.raises(NotImplementedError, match="class weights and label smoothing"):
+        masked_loss(loss, logits, target, torch.ones_like(target))

@@ -14,10 +14,27 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainer
 
 def started(dataset, trainer=nnUNetTrainerM3HL, **settings):
     seed()
-    made = make_trainer(trainer, dataset, enable_deep_supervision=False, **settings)
+    settings = {"enable_deep_supervision": False, "pretraining": 0.0, **settings}
+    made = make_trainer(trainer, dataset, **settings)
     made.on_train_start()
     made.network.train()
     return made
+
+
+def test_pretraining_is_supervised_and_then_mixing_begins(tiny_dataset):
+    trainer = started(tiny_dataset, pretraining=0.5, num_epochs=2, num_iterations_per_epoch=4)
+    batch = random_batch(2)
+    batch.unlabeled.requires_grad_()
+    for step, mixed in ((0, False), (3, False), (4, True), (7, True)):
+        trainer.step = step
+        seed()
+        (terms,) = trainer.losses(batch)
+        assert list(terms) == ["labeled", "pseudo", "low", "high"]
+        if mixed:
+            assert torch.autograd.grad(sum(terms.values()), batch.unlabeled)[0].abs().sum() > 0
+        else:
+            assert terms["labeled"] == trainer.loss(trainer.network(batch.image), batch.target)
+            assert terms["pseudo"] == terms["low"] == terms["high"] == 0
 
 
 def random_batch(size, shape=(16, 16, 16)):

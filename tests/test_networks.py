@@ -250,3 +250,12 @@ def test_features_and_output_share_one_graph():
     skips[-1].square().sum().backward()
     assert all(p.grad is not None for p in net.encoder.parameters())
     assert all(p.grad is None for n, p in net.decoder.named_parameters() if not n.startswith("encoder."))
+
+
+def test_different_buffers_are_refused_before_anything_changes():
+    teacher, student = nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False)
+    with torch.no_grad():
+        student.weight.fill_(5.0)
+    with pytest.raises(ValueError, match="same parameter names and shapes"):
+        update_ema(teacher, student, 0.5)
+    assert (teacher.weight == 1).all()

@@ -25,6 +25,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
     largest_component = False  # clean pseudo labels: keep the largest component per class
+    pretraining = 0.0  # part of the training that is supervised, on unmixed labeled images, before mixing begins
     teacher_decay = 0.99  # of the EMA, per step, after the warm-up
     weak_view = True
 
@@ -34,6 +35,13 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         return {"teacher": frozen_copy(self.network)}
 
     def losses(self, batch):
+        if self.step < self.pretraining * self.max_steps:
+            zero = batch.image.new_zeros(())
+            yield {
+                "labeled": self.loss(self.network(batch.image), batch.target),
+                **dict.fromkeys(["pseudo"] + ["low", "high"] * bool(self.feature_weight), zero),
+            }
+            return
         with torch.no_grad():
             output, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
             pseudo = hard_labels(output[0] if isinstance(output, list) else output)
