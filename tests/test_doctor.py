@@ -3,10 +3,12 @@ import os
 from pathlib import Path
 
 import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl import doctor as doctor_module
 from nnunet_ssl.autoregister import trainers_folder
 from nnunet_ssl.doctor import doctor, list_trainers
+from nnunet_ssl.preprocessing import preprocessing_settings, write_settings
 
 TRAINER = """from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class {name}(nnUNetTrainer):
@@ -37,7 +39,16 @@ def dataset(monkeypatch, tmp_path):
         "3d_fullres": {"data_identifier": "plans_3d", "architecture": {}},
         "2d": {"data_identifier": "plans_2d", "architecture": {}},
     }
-    (folder / "nnUNetPlans.json").write_text(json.dumps({"configurations": configurations}))
+    plans = {
+        "configurations": configurations,
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {},
+    }
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    manager = PlansManager(plans)
+    settings = preprocessing_settings(manager, manager.get_configuration("3d_fullres"))
+    write_settings(folder / "plans_3d_unlabeled", settings)
     (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
     touch(folder / "plans_3d", *case_files("case_0"), *case_files("case_1"), *case_files("case_2"))
     monkeypatch.setattr(doctor_module, "_check_trainers", lambda: [])  # slow, and tested by itself
@@ -175,6 +186,17 @@ def test_unlabeled_cases_of_a_fold_must_be_preprocessed(capsys, dataset):
     assert doctor("901", ["3d_fullres"], fold=4) == 1
     assert "choose a fold from 0 to 3" in capsys.readouterr().out
     assert doctor("901", ["3d_fullres"]) == 1  # every fold: fold 1 is not ready
+
+
+def test_cases_that_other_plans_have_preprocessed_fail(capsys, dataset):
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_0"))
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2, 1, 1]
+    (dataset / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert doctor("901", ["3d_fullres"]) == 1
+    out = capsys.readouterr().out
+    assert "spacing changed" in out
+    assert f"-> rm -r {dataset / 'plans_3d_unlabeled'}, then run: nnunet-ssl preprocess -d 901" in out
 
 
 def test_without_a_configuration_the_preprocessed_ones_are_checked(capsys, dataset):

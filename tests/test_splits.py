@@ -75,7 +75,7 @@ def test_a_failed_write_keeps_the_old_split(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr("nnunet_ssl.splits.os.replace", fail)
+    monkeypatch.setattr("nnunet_ssl.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_splits(path, NEW, overwrite=True)
     assert json.loads(path.read_text()) == OLD
