@@ -22,6 +22,7 @@ DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
 TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3HL_5epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
+# range of the noise's standard deviation: the labeled scans are of a good scanner, the others of any scanner
 NOISE = {"labeled": (5, 10), "unlabeled": (5, 80), "test": (5, 80)}
 SEED = 0  # of the scans; the training is not seeded, nnU-Net does not seed it either
 SHAPE = (24, 32, 32)  # voxels of a scan, slices first
@@ -254,7 +255,7 @@ def make_case(
 
     Args:
         shape: voxels, slices first.
-        variety: how far contrast, bias field and noise range; 0 is a good scanner, 1 any scanner.
+        noise: range that the standard deviation of the noise is drawn from.
 
     Returns:
         Image (*shape) float32 and label (*shape) uint8: 1 in the organ, a connected part that does not touch the

@@ -63,19 +63,17 @@ def test_the_organ_is_brighter_than_its_surroundings(cases):
         assert image[label == 1].mean() > image[shell].mean() + 10
 
 
-def test_distractors_as_bright_as_the_organ_are_there_and_not_labeled(monkeypatch):
-    image, label = demo.make_case(np.random.default_rng(5))
-    distractors = demo.make_distractors(np.random.default_rng(5), label == 1)
-    assert distractors.sum() > 50
-    assert not distractors[label == 1].any()
-
+def test_vessels_and_balls_are_there_and_not_labeled(monkeypatch):
     drawn = []
-    original = demo.make_distractors
-    monkeypatch.setattr(demo, "make_distractors", lambda *args: drawn.append(original(*args)) or drawn[-1])
-    image, label = demo.make_case(np.random.default_rng(5))
-    assert not drawn[0][label == 1].any()
-    background = ~drawn[0] & (label == 0)
-    assert image[drawn[0]].mean() > image[background].mean() + 20
+    original = demo.make_neighbours
+    monkeypatch.setattr(demo, "make_neighbours", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    image, label = demo.make_case(np.random.default_rng(5), noise=(1, 2))
+    vessels, balls = drawn[0]
+    for neighbour in (vessels, balls):
+        assert neighbour.sum() > 50
+        assert not neighbour[label == 1].any()
+    background = ~vessels & ~balls & (label == 0)
+    assert image[vessels].mean() > image[background].mean() + 20
 
 
 def test_contrast_noise_and_bias_differ_between_cases(cases):
