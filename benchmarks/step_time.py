@@ -11,7 +11,6 @@ with all libraries imported: weights, teacher, gradients, momentum, batches and 
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -44,16 +43,21 @@ def seconds(trainer, batches) -> float:
 
 
 def peak_memory(name: str, args, queue) -> None:
-    """Puts the growth of the peak memory in MiB during some steps into the queue; runs in a process of its own."""
+    """Puts the peak memory of a training, in MiB above the imported libraries, into the queue; in its own process."""
     torch.set_num_threads(args.threads)
+    before = peak_mib(torch.device(args.device))
     trainer, batches = prepared(name, args)
-    cuda = trainer.device.type == "cuda"
-    before = 0 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds(trainer, batches)
-    after = (
-        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-    queue.put(after - before)
+    for _ in range(3):
+        seconds(trainer, batches)
+    queue.put(peak_mib(trainer.device) - before)
+
+
+def peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # not getrusage: on Linux a child starts with its parent's peak
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def memory(name: str, args) -> float:
@@ -61,9 +65,10 @@ def memory(name: str, args) -> float:
     queue = context.Queue()
     process = context.Process(target=peak_memory, args=(name, args, queue))
     process.start()
-    result = queue.get()
     process.join()
-    return result
+    if process.exitcode != 0:
+        raise SystemExit(f"The memory measurement of {name} failed.")
+    return queue.get()
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def demo(output: Path) -> None:
     print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
     print(
         f"\nBoth took the same number of steps of the same size. Synthetic scans and one run each: this shows the "
-        f"way, it is no benchmark.\n"
+        f"way, it is no benchmark. Mixed images are harder to learn: so few steps are too few for M3HL.\n"
         f"predictions: {output / 'predictions'}\n"
         f"models:      {output / 'nnUNet_results' / DATASET}\n"
         f"logs:        {output / 'logs'}"
