@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("nnUNet_n_proc_DA", "0")
 os.environ.setdefault("nnUNet_compile", "0")
@@ -86,9 +87,25 @@ def train(args, dataset: str, configuration: str, trainer_name: str, name: str, 
     trainer.output_folder = str(folder / f"fold_{fold}")
     os.makedirs(trainer.output_folder, exist_ok=True)
     trainer.log_file = os.path.join(trainer.output_folder, os.path.basename(trainer.log_file))
+    if args.bf16:
+        use_bf16(trainer)
     if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file():
         trainer.run_training()
     return folder / f"fold_{fold}"
+
+
+def use_bf16(trainer) -> None:
+    """Trains in bfloat16 autocast on a CPU (half the time), as nnU-Net trains in float16 on CUDA; losses in float32."""
+    initialize, step = trainer.initialize, trainer.train_step
+
+    def initialize_with_float_logits():
+        initialize()
+        for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
+            for layer in network.decoder.seg_layers:
+                layer.register_forward_hook(lambda module, inputs, output: output.float())
+
+    trainer.initialize = initialize_with_float_logits
+    trainer.train_step = torch.autocast("cpu", torch.bfloat16)(step)
 
 
 def checkpoints(folder: Path) -> dict[str, str]:
@@ -164,6 +181,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast; for CPUs that have it")
     args = parser.parse_args()
     pairs = [setting.split("=", 1) for setting in args.settings]
     suffix = "".join(f"-{key}={value}" for key, value in pairs)

@@ -18,6 +18,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
+from nnunet_ssl.files import replacing
+
 DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
 TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3HL_5epochs")  # an epoch of nnU-Net has 250 steps
@@ -119,10 +121,10 @@ def claim(output: Path) -> list[str]:
 
 
 def write_marker(output: Path, finished: Sequence[str]) -> None:
+    """Records in `output` which commands have finished, so that an interrupted demo goes on behind them."""
     content = {"version": metadata.version("nnunet-ssl"), "finished": list(finished)}
-    temporary = output / f".{MARKER}.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, output / MARKER)
+    with replacing(output / MARKER) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
 def device() -> str:
@@ -242,6 +244,7 @@ def write_dataset(folder: Path, seed: int = SEED) -> None:
 
 
 def write_image(file: Path, array: np.ndarray) -> None:
+    """Writes an array (slices, rows, columns) as an image with the demo's spacing; makes its folder."""
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([SPACING] * 3)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -295,6 +295,7 @@ def geometry(image: np.ndarray, properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
+    """Numbers rounded to 6 decimals, for messages."""
     return str(np.round(np.asarray(value, dtype=float), 6).tolist())
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,6 +347,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if new:
                 writer.writerow(["epoch", *means])
             writer.writerow([self.current_epoch, *means.values()])
+
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        begin, end = (self.logger.get_value(f"epoch_{t}_timestamps", step=-1) for t in ("start", "end"))
+        left = self.num_epochs - self.current_epoch
+        if left > 0:
+            finish = datetime.now() + left * timedelta(seconds=end - begin)
+            self.print_to_log_file(f"{left} epochs left, until about {finish:%Y-%m-%d %H:%M}")
 
     def _trim_losses_csv(self) -> None:
         """Drops rows of epochs that a resumed (or a new) training is going to write again."""
