@@ -440,7 +440,8 @@ def test_a_patch_or_batch_size_changes_no_image_and_is_accepted(folder):
     edit_plans(folder, patch_size=[8, 8, 8], batch_size=7)
     preprocess()
     after = content(target_of(folder))
-    assert after.keys() == before.keys() and all(np.array_equal(after[case], before[case]) for case in before)
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[case], before[case]) for case in before)
 
 
 def test_cases_without_a_note_of_their_plans_are_refused(folder):

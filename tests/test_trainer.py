@@ -102,7 +102,7 @@ def test_losses_are_written_for_every_epoch_and_term(tiny_dataset):
     assert "Cases: 2 labeled, 6 unlabeled, 1 for validation." in log
     assert "Every batch: 2 labeled and 2 unlabeled patches of [16, 16, 16] voxels; 4 steps." in log
     assert "factor = 0.5" in log
-    assert re.findall(r"(\d+) epochs left, until about \d{4}-\d\d-\d\d \d\d:\d\d\n", log) == ["1"]
+    assert re.findall(r"(\d+) epochs left, until about \d{4}-\d\d-\d\d \d\d:\d\d", log) == ["1"]
 
 
 def test_the_teacher_is_validated_and_deployed_and_the_student_kept(tiny_dataset, tmp_path):
