@@ -138,7 +138,7 @@ def predict(args, dataset: str, configuration: str, name: str, fold: int, checkp
 def record(args, run: list[str], dice: dict[str, float]) -> None:
     """Replaces this run's rows of the per-case CSV and writes the table anew; `run` holds the values of RUN."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"la_{args.protocol}.csv"
+    path = RESULTS / f"la_{args.protocol}{'_bf16' * args.bf16}.csv"
     rows = []
     if path.is_file():
         with path.open(newline="") as f:
@@ -147,16 +147,16 @@ def record(args, run: list[str], dice: dict[str, float]) -> None:
     with replacing(path) as temporary, temporary.open("w", newline="") as f:
         csv.writer(f).writerows([[*RUN, "case", "dice"], *rows])
     with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(table(args.protocol, rows))
+        temporary.write_text(table(f"`{args.protocol}`{', trained in bfloat16' * args.bf16}", rows))
 
 
-def table(protocol: str, rows: list[list[str]]) -> str:
+def table(title: str, rows: list[list[str]]) -> str:
     """One line per run, few labels first."""
     groups: dict[tuple, list] = {}
     for row in rows:
         groups.setdefault(tuple(row[: len(RUN)]), []).append(float(row[-1]))
     lines = [
-        f"Protocol `{protocol}`, 20 test scans, final checkpoint, no mirroring at prediction, Dice in percent.",
+        f"Protocol {title}, 20 test scans, final checkpoint, no mirroring at prediction, Dice in percent.",
         "",
         "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case |",
         "|---|---|---|---|---|---|---|---|",
@@ -193,11 +193,11 @@ def main() -> None:
     splits = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())
     for fold in args.folds:
         for trainer in args.trainers:
-            name = (
-                f"{trainer}{suffix}-{args.steps}-seed={args.seed}"
-                if args.steps != 4000 or args.seed
-                else trainer + suffix
-            )
+            name = trainer + suffix
+            if args.steps != 4000 or args.seed:
+                name += f"-{args.steps}-seed={args.seed}"
+            if args.bf16:
+                name += "-bf16"
             folder = train(args, dataset, configuration, trainer, name, fold)
             for network, checkpoint in checkpoints(folder).items():
                 dice = predict(args, dataset, configuration, name, fold, checkpoint)

@@ -24,8 +24,10 @@ DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
 TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3HL_5epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
-# range of the noise's standard deviation: the labeled scans are of a good scanner, the others of any scanner
-NOISE = {"labeled": (5, 10), "unlabeled": (5, 80), "test": (5, 80)}
+# Ranges of the standard deviations of noise and background texture, and of the bias field's slope: the labeled scans
+# are of one good scanner, the others of any scanner.
+ONE_SCANNER = {"noise": (5, 10), "texture": (15, 15), "slope": (0, 0.4)}
+ANY_SCANNER = {"noise": (5, 40), "texture": (15, 35), "slope": (0, 2)}
 SEED = 0  # of the scans; the training is not seeded, nnU-Net does not seed it either
 SHAPE = (24, 32, 32)  # voxels of a scan, slices first
 SPACING = 3.0  # mm, along every axis
@@ -230,7 +232,7 @@ def write_dataset(folder: Path, seed: int = SEED) -> None:
     for kind, ending in (("labeled", "Tr"), ("unlabeled", "Un"), ("test", "Ts")):
         for index in range(CASES[kind]):
             case = f"{kind}_{index:03d}"
-            image, label = make_case(rng, noise=NOISE[kind])
+            image, label = make_case(rng, **(ONE_SCANNER if kind == "labeled" else ANY_SCANNER))
             write_image(folder / f"images{ending}" / f"{case}_0000.nii.gz", image)
             if kind != "unlabeled":
                 write_image(folder / f"labels{ending}" / f"{case}.nii.gz", label)
@@ -252,13 +254,19 @@ def write_image(file: Path, array: np.ndarray) -> None:
 
 
 def make_case(
-    rng: np.random.Generator, shape: Sequence[int] = SHAPE, noise: tuple[float, float] = (5, 80)
+    rng: np.random.Generator,
+    noise: tuple[float, float],
+    texture: tuple[float, float],
+    slope: tuple[float, float],
+    shape: Sequence[int] = SHAPE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One synthetic scan: a bright lobed organ among vessels and balls as bright, with a bias field and noise.
 
     Args:
-        shape: voxels, slices first.
         noise: range that the standard deviation of the noise is drawn from.
+        texture: the same for the background's smooth texture.
+        slope: range of the bias field's slope, in powers of e from one side of the image to the other.
+        shape: voxels, slices first.
 
     Returns:
         Image (*shape) float32 and label (*shape) uint8: 1 in the organ, a connected part that does not touch the
@@ -266,10 +274,10 @@ def make_case(
     """
     organ = make_organ(rng, shape)
     vessels, balls = make_neighbours(rng, organ)
-    image = 100 + 15 * smooth_noise(rng, shape, 4)
+    image = 100 + rng.uniform(*texture) * smooth_noise(rng, shape, 4)
     image += rng.uniform(65, 85) * ndimage.gaussian_filter(organ + 1.7 * vessels + 0.4 * balls, 0.6)
-    slope = rng.uniform(0, 0.4) / max(shape) * direction(rng)
-    image *= np.exp(np.tensordot(slope, grid(shape, np.divide(shape, 2)), 1))
+    field = rng.uniform(*slope) / max(shape) * direction(rng)
+    image *= np.exp(np.tensordot(field, grid(shape, np.divide(shape, 2)), 1))
     image += rng.uniform(*noise) * rng.standard_normal(shape)
     return image.astype(np.float32), organ.astype(np.uint8)
 

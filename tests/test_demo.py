@@ -21,7 +21,7 @@ from nnunet_ssl import demo
 @pytest.fixture
 def cases():
     rng = np.random.default_rng(1)
-    return [demo.make_case(rng) for _ in range(5)]
+    return [demo.make_case(rng, **demo.ONE_SCANNER) for _ in range(5)]
 
 
 def python(name: str, code: str, **settings: str) -> demo.Command:
@@ -32,9 +32,9 @@ def python(name: str, code: str, **settings: str) -> demo.Command:
 
 
 def test_a_case_depends_on_the_generator_alone():
-    image, label = demo.make_case(np.random.default_rng(3))
-    same_image, same_label = demo.make_case(np.random.default_rng(3))
-    other_image, other_label = demo.make_case(np.random.default_rng(4))
+    image, label = demo.make_case(np.random.default_rng(3), **demo.ANY_SCANNER)
+    same_image, same_label = demo.make_case(np.random.default_rng(3), **demo.ANY_SCANNER)
+    other_image, other_label = demo.make_case(np.random.default_rng(4), **demo.ANY_SCANNER)
     assert np.array_equal(image, same_image)
     assert np.array_equal(label, same_label)
     assert not np.array_equal(image, other_image)
@@ -42,7 +42,7 @@ def test_a_case_depends_on_the_generator_alone():
 
 
 def test_a_case_has_the_shape_and_the_types_that_are_promised():
-    image, label = demo.make_case(np.random.default_rng(0), (20, 26, 30))
+    image, label = demo.make_case(np.random.default_rng(0), **demo.ANY_SCANNER, shape=(20, 26, 30))
     assert image.shape == label.shape == (20, 26, 30)
     assert image.dtype == np.float32
     assert label.dtype == np.uint8
@@ -67,7 +67,7 @@ def test_vessels_and_balls_are_there_and_not_labeled(monkeypatch):
     drawn = []
     original = demo.make_neighbours
     monkeypatch.setattr(demo, "make_neighbours", lambda *args: drawn.append(original(*args)) or drawn[-1])
-    image, label = demo.make_case(np.random.default_rng(5), noise=(1, 2))
+    image, label = demo.make_case(np.random.default_rng(5), **demo.ONE_SCANNER | {"noise": (1, 2)})
     vessels, balls = drawn[0]
     for neighbour in (vessels, balls):
         assert neighbour.sum() > 50
@@ -79,6 +79,30 @@ def test_vessels_and_balls_are_there_and_not_labeled(monkeypatch):
 def test_contrast_noise_and_bias_differ_between_cases(cases):
     contrast = [image[label == 1].mean() - image[label == 0].mean() for image, label in cases]
     assert np.ptp(contrast) > 10
+
+
+def test_noise_texture_and_slope_reach_the_image():
+    def image(**ranges):
+        return demo.make_case(np.random.default_rng(5), **demo.ONE_SCANNER | ranges)[0]
+
+    plain = image(noise=(0, 0), slope=(0, 0))
+    assert (image(noise=(20, 20), slope=(0, 0)) - plain).std() == pytest.approx(20, rel=0.05)
+    ratio = image(noise=(0, 0), slope=(1, 1)) / plain
+    # a plane of slope 1 over the longest axis: e from side to side along an axis, more along a diagonal
+    assert 1 <= np.log(ratio.max() / ratio.min()) <= np.sqrt(3)
+    background = [image(noise=(0, 0), slope=(0, 0), texture=(t, t)) - plain for t in (15, 30)]
+    assert not background[0].any()
+    assert background[1].std() == pytest.approx(15, rel=0.01)
+
+
+def test_unlabeled_and_test_scans_are_of_other_scanners(tmp_path):
+    demo.write_dataset(tmp_path)
+
+    def noise(folder):
+        scans = [sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in (tmp_path / folder).iterdir()]
+        return np.mean([(scan - ndimage.median_filter(scan, 3)).std() for scan in scans])
+
+    assert noise("imagesUn") > 2 * noise("imagesTr") < noise("imagesTs")
 
 
 def test_the_dataset_is_laid_out_as_nnunet_wants_it_and_unlabeled_scans_have_no_label(tmp_path):
