@@ -109,14 +109,15 @@ def use_bf16(trainer) -> None:
 
 
 def checkpoints(folder: Path) -> dict[str, str]:
-    """Network name to checkpoint file name: the deployed network, and the student where it is another one."""
+    """Network name to checkpoint file name: the deployed network, and the other one of student and teacher."""
     state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
     ours = state.get("nnunet_ssl")
-    if not ours or ours["inference_network"] == "student":
+    if not ours or "teacher" not in ours["companions"]:
         return {"student": "checkpoint_final.pth"}
-    state["network_weights"] = ours["student"]
-    torch.save(state, folder / "checkpoint_student.pth")
-    return {"teacher": "checkpoint_final.pth", "student": "checkpoint_student.pth"}
+    other = {"student": "teacher", "teacher": "student"}[ours["inference_network"]]
+    state["network_weights"] = ours["student"] if other == "student" else ours["companions"]["teacher"]
+    torch.save(state, folder / f"checkpoint_{other}.pth")
+    return {ours["inference_network"]: "checkpoint_final.pth", other: f"checkpoint_{other}.pth"}
 
 
 def predict(args, dataset: str, configuration: str, name: str, fold: int, checkpoint: str) -> dict[str, float]:

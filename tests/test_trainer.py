@@ -105,8 +105,13 @@ def test_losses_are_written_for_every_epoch_and_term(tiny_dataset):
     assert re.findall(r"(\d+) epochs left, until about \d{4}-\d\d-\d\d \d\d:\d\d", log) == ["1"]
 
 
-def test_the_teacher_is_validated_and_deployed_and_the_student_kept(tiny_dataset, tmp_path):
-    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+class DeploysTheTeacher(nnUNetTrainerM3HL):
+    def inference_network(self):
+        return self.companions.teacher
+
+
+def test_a_deployed_teacher_is_validated_and_the_student_kept(tiny_dataset, tmp_path):
+    trainer = started(DeploysTheTeacher, tiny_dataset)
     for _ in range(2):
         trainer.train_step(next(trainer.dataloader_train))
     batch = next(trainer.dataloader_val)
