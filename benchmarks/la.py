@@ -32,6 +32,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_ssl.demo import small_configuration
 from nnunet_ssl.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,29 +45,11 @@ def add_configuration(dataset: str, protocol: str) -> str:
     """Adds the protocol's small configuration to the dataset's plans, on the data of 3d_fullres; returns its name."""
     path = Path(nnUNet_preprocessed) / dataset / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
-    patch, features, batch_size = PROTOCOLS[protocol]
-    architecture = json.loads(json.dumps(plans["configurations"]["3d_fullres"]["architecture"]))
-    stages = len(features)
-    architecture["arch_kwargs"].update(
-        n_stages=stages,
-        features_per_stage=features,
-        kernel_sizes=[[3, 3, 3]] * stages,
-        strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-        n_conv_per_stage=[2] * stages,
-        n_conv_per_stage_decoder=[2] * (stages - 1),
-    )
-    name = f"la_{protocol}"
-    configuration = {
-        "inherits_from": "3d_fullres",
-        "patch_size": patch,
-        "batch_size": batch_size,
-        "architecture": architecture,
-    }
+    name, configuration = f"la_{protocol}", small_configuration(plans, *PROTOCOLS[protocol])
     if plans["configurations"].get(name) != configuration:
         plans["configurations"][name] = configuration
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(plans, indent=4))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(plans, indent=4))
     return name
 
 

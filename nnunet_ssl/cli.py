@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
     sub.add_argument("-f", dest="fold", type=int, help="fold")
 
-    sub = command("demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3HL on a small synthetic dataset and compare.")
+    sub = command("demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3 on a small synthetic dataset and compare.")
     sub.add_argument("-o", dest="output", type=Path, default=Path("nnunet_ssl_demo"), help="folder for everything")
     return parser
 

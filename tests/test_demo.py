@@ -272,5 +272,5 @@ def test_a_demo_that_failed_goes_on_behind_the_last_finished_command(tmp_path, m
     printed = capsys.readouterr().out
     assert "finished before" in printed
     assert "| nnUNetTrainer_5epochs | 4 | 0 | 70.0 | 50.0 |" in printed
-    assert "| nnUNetTrainerM3HL_5epochs | 4 | 16 | 70.0 | 50.0 |" in printed
+    assert "| nnUNetTrainerM3_5epochs | 4 | 16 | 70.0 | 50.0 |" in printed
     assert str(output / "predictions") in printed
