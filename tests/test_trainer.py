@@ -328,7 +328,8 @@ def test_any_number_of_epochs_has_a_variant():
 # ---- separate processes: workers, interruption, killing ----
 
 SCRIPT = """
-import sys, os, signal
+import faulthandler, sys, os, signal
+faulthandler.enable()
 sys.path.insert(0, {tests!r})
 import multiprocessing
 from pathlib import Path
@@ -452,7 +453,11 @@ def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
         workers = children(process.pid)
         assert len(workers) >= 3  # two for training, one for validation
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        try:
+            output, _ = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler then prints where it hangs
+            pytest.fail(process.communicate()[0][-3000:])
     finally:
         process.kill()
     assert process.returncode != 0
