@@ -93,8 +93,8 @@ def demo(output: Path) -> None:
     print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
     print(
         f"\nThe labeled scans are of one good scanner, the unlabeled ones and the test scans of any scanner. Both "
-        f"trainings took the same number of steps. Synthetic scans and one run each: this shows the way, it is no "
-        f"benchmark.\n"
+        f"trainings took the same number of steps. So short trainings differ by several points from run to run: this "
+        f"shows the way, it is no benchmark.\n"
         f"predictions: {output / 'predictions'}\n"
         f"models:      {output / 'nnUNet_results' / DATASET}\n"
         f"logs:        {output / 'logs'}"
