@@ -3,8 +3,7 @@
 Differs from the paper and its released code on purpose: masks are drawn per sample by count and really applied (the
 released LA script returns masks of ones), the teacher starts as a copy of the student (released: an independent random
 network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), and the teacher sees a
-weak view (spatial augmentation only). The student is deployed, as in the paper: at
-the end of a training it was as good as the teacher or slightly better.
+weak view (spatial augmentation only). The student is deployed, as in the paper.
 """
 
 import torch
