@@ -1,4 +1,4 @@
-"""Left atrium benchmark: trains, predicts the 20 test scans, and adds the Dice to a table.
+"""Left atrium benchmark: trains, predicts the 20 test scans, and adds Dice and surface distances to a table.
 
     nnunet-ssl convert la -i LA -d 501 --train-list la_dev_train.list --test-list la_dev_test.list
     nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 2.5 2.5 2.5
@@ -15,6 +15,7 @@ import argparse
 import ast
 import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -26,16 +27,18 @@ os.environ.setdefault("nnUNet_n_proc_DA", "0")
 os.environ.setdefault("nnUNet_compile", "0")
 
 import numpy as np
+import SimpleITK as sitk
 import torch
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_ssl.demo import small_configuration
+from nnunet_ssl.evaluation import surface_distances
 from nnunet_ssl.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
+METRICS = ["dice", "hd95", "asd"]  # per case: percent, mm, mm
 RUN = ["trainer", "fold", "labeled", "network", "steps", "seed"]  # what identifies a row of the table
 # patch in voxels, features per stage, batch size; every stage halves every axis
 PROTOCOLS = {"quick": ([20, 28, 28], [16, 32, 64], 4), "long": ([56, 80, 80], [32, 64, 128, 256], 2)}
@@ -92,19 +95,22 @@ def use_bf16(trainer) -> None:
 
 
 def checkpoints(folder: Path) -> dict[str, str]:
-    """Network name to checkpoint file name: the deployed network, and the other one of student and teacher."""
+    """Network name to checkpoint file name: the deployed network, and the others that the stock network can load."""
     state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
     ours = state.get("nnunet_ssl")
-    if not ours or "teacher" not in ours["companions"]:
+    if not ours:
         return {"student": "checkpoint_final.pth"}
-    other = {"student": "teacher", "teacher": "student"}[ours["inference_network"]]
-    state["network_weights"] = ours["student"] if other == "student" else ours["companions"]["teacher"]
-    torch.save(state, folder / f"checkpoint_{other}.pth")
-    return {ours["inference_network"]: "checkpoint_final.pth", other: f"checkpoint_{other}.pth"}
+    files = {ours["inference_network"]: "checkpoint_final.pth"}
+    keys = state["network_weights"].keys()
+    for name, weights in {"student": ours["student"], **ours["companions"]}.items():
+        if name not in files and weights.keys() == keys:
+            files[name] = f"checkpoint_{name}.pth"
+            torch.save({**state, "network_weights": weights}, folder / files[name])
+    return files
 
 
-def predict(args, dataset: str, configuration: str, name: str, fold: int, checkpoint: str) -> dict[str, float]:
-    """Predicts imagesTs with nnUNetv2_predict (no mirroring, to save time); the Dice of every case in percent."""
+def predict(args, dataset: str, configuration: str, name: str, fold: int, checkpoint: str) -> dict[str, list[float]]:
+    """Predicts imagesTs with nnUNetv2_predict (no mirroring, to save time); the METRICS of every case."""
     raw = Path(nnUNet_raw) / dataset
     output = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}" / f"test_{fold}_{checkpoint}"
     shutil.rmtree(output, ignore_errors=True)
@@ -114,12 +120,19 @@ def predict(args, dataset: str, configuration: str, name: str, fold: int, checkp
     command += f" -device {args.device} --disable_tta --disable_progress_bar"
     command = [*command.split(), "-i", str(raw / "imagesTs"), "-o", str(output)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    compute_metrics_on_folder_simple(str(raw / "labelsTs"), str(output), [1], num_processes=1)
-    cases = json.loads((output / "summary.json").read_text())["metric_per_case"]
-    return {Path(c["prediction_file"]).name.split(".")[0]: 100 * c["metrics"]["1"]["Dice"] for c in cases}
+    return {file.name.split(".")[0]: measure(output / file.name, file) for file in sorted((raw / "labelsTs").iterdir())}
 
 
-def record(args, run: list[str], dice: dict[str, float]) -> None:
+def measure(prediction: Path, reference: Path) -> list[float]:
+    """Dice in percent, 95 % Hausdorff distance and average surface distance in mm of two label files."""
+    images = [sitk.ReadImage(str(file)) for file in (prediction, reference)]
+    ours, theirs = (sitk.GetArrayFromImage(image) == 1 for image in images)
+    distances = surface_distances(ours, theirs, images[1].GetSpacing()[::-1])
+    dice = 200 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
+    return [dice, distances.hd95, distances.asd]
+
+
+def record(args, run: list[str], metrics: dict[str, list[float]]) -> None:
     """Replaces this run's rows of the per-case CSV and writes the table anew; `run` holds the values of RUN."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"la_{args.protocol}{'_bf16' * args.bf16}.csv"
@@ -127,9 +140,9 @@ def record(args, run: list[str], dice: dict[str, float]) -> None:
     if path.is_file():
         with path.open(newline="") as f:
             rows = [row for row in list(csv.reader(f))[1:] if row[: len(RUN)] != run]
-    rows += [[*run, case, f"{value:.2f}"] for case, value in sorted(dice.items())]
+    rows += [[*run, case, *(f"{value:.2f}" for value in values)] for case, values in sorted(metrics.items())]
     with replacing(path) as temporary, temporary.open("w", newline="") as f:
-        csv.writer(f).writerows([[*RUN, "case", "dice"], *rows])
+        csv.writer(f).writerows([[*RUN, "case", *METRICS], *rows])
     with replacing(path.with_suffix(".md")) as temporary:
         temporary.write_text(table(f"`{args.protocol}`{', trained in bfloat16' * args.bf16}", rows))
 
@@ -138,17 +151,22 @@ def table(title: str, rows: list[list[str]]) -> str:
     """One line per run, few labels first."""
     groups: dict[tuple, list] = {}
     for row in rows:
-        groups.setdefault(tuple(row[: len(RUN)]), []).append(float(row[-1]))
+        # runs of before the distances were measured have the Dice only
+        metrics = [float(value or "nan") for value in row[len(RUN) + 1 :]]
+        groups.setdefault(tuple(row[: len(RUN)]), []).append(metrics + [math.nan] * (len(METRICS) - len(metrics)))
     lines = [
-        f"Protocol {title}, 20 test scans, final checkpoint, no mirroring at prediction, Dice in percent.",
+        f"Protocol {title}, 20 test scans, final checkpoint, no mirroring at prediction. Dice in percent; HD95 is the "
+        f"95 % Hausdorff distance, ASD the average surface distance from prediction to reference, means in mm.",
         "",
-        "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case | HD95 | ASD |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for run, dice in sorted(groups.items(), key=lambda group: (int(group[0][2]), group[0][0], group[0][3:])):
+    for run, cases in sorted(groups.items(), key=lambda group: (int(group[0][2]), group[0][0], group[0][3:])):
         trainer, _, labeled, network, steps, seed = run
+        dice, hd95, asd = zip(*cases, strict=True)
         figures = f"{statistics.mean(dice):.2f} | {statistics.stdev(dice):.2f} | {min(dice):.2f}"
-        lines.append(f"| {trainer} | {labeled} | {network} | {steps} | {seed} | {figures} |")
+        distances = " | ".join("" if math.isnan(m) else f"{m:.2f}" for m in map(statistics.mean, (hd95, asd)))
+        lines.append(f"| {trainer} | {labeled} | {network} | {steps} | {seed} | {figures} | {distances} |")
     return "\n".join(lines) + "\n"
 
 
@@ -184,10 +202,11 @@ def main() -> None:
                 name += "-bf16"
             folder = train(args, dataset, configuration, trainer, name, fold)
             for network, checkpoint in checkpoints(folder).items():
-                dice = predict(args, dataset, configuration, name, fold, checkpoint)
+                metrics = predict(args, dataset, configuration, name, fold, checkpoint)
                 run = [trainer + suffix, fold, len(splits[fold]["train"]), network, args.steps, args.seed]
-                record(args, [str(value) for value in run], dice)
-                print(f"{name}, fold {fold}, {network}: Dice {statistics.mean(dice.values()):.2f}", flush=True)
+                record(args, [str(value) for value in run], metrics)
+                dice = statistics.mean(values[0] for values in metrics.values())
+                print(f"{name}, fold {fold}, {network}: Dice {dice:.2f}", flush=True)
 
 
 def _literal(value: str):

@@ -1,6 +1,7 @@
 """Losses that nnU-Net does not have; everything else is nnU-Net's own."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch.nn.functional as F
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
@@ -47,6 +48,46 @@ def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tenso
     dice = loss.dc(logits, target, loss_mask=mask)
     entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none") * mask[:, 0]
     return loss.weight_ce * entropy.sum() / mask.sum().clamp_min(1) + loss.weight_dice * dice
+
+
+def full_resolution(loss: nn.Module) -> nn.Module:
+    """nnU-Net's loss of the full-resolution output alone, for targets that have no deep supervision."""
+    return loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+
+
+def reweighted(loss: nn.Module, *, cross_entropy: float, dice: float) -> nn.Module:
+    """nnU-Net's Dice and cross entropy with other weights (its own are 1 and 1); 0 leaves a part out.
+
+    Raises: NotImplementedError for any other loss.
+    """
+    if isinstance(loss, DeepSupervisionWrapper):
+        inner = reweighted(loss.loss, cross_entropy=cross_entropy, dice=dice)
+        return DeepSupervisionWrapper(inner, loss.weight_factors)
+    if type(loss) is not DC_and_CE_loss:
+        raise NotImplementedError(f"Only nnU-Net's DC_and_CE_loss has such weights, not {loss}.")
+    loss = copy(loss)  # shallow: the parts, perhaps compiled, are the same
+    loss.weight_ce, loss.weight_dice = cross_entropy, dice
+    return loss
+
+
+def probability_mse(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of probabilities over voxels and classes (Mean Teacher, UA-MT, co-learning Eq. 15-17).
+
+    Computed in fp32; the target gets no gradient.
+
+    Args:
+        logits: (B, C, *spatial); softmax is taken here.
+        target: probabilities (B, C, *spatial).
+        mask: (B, 1, *spatial), 1 or True where the voxel counts; an empty one gives 0. None: every voxel.
+
+    Returns:
+        Scalar in [0, 1].
+    """
+    difference = (logits.float().softmax(1) - target.detach().float()).square().mean(1, keepdim=True)
+    if mask is None:
+        return difference.mean()
+    mask = mask.float()
+    return (difference * mask).sum() / mask.sum().clamp_min(1)
 
 
 def downsample(x: Tensor, like: Tensor) -> Tensor:

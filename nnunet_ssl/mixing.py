@@ -71,6 +71,47 @@ def _cell_of_voxel(size: int, count: int, device: torch.device) -> Tensor:
     return torch.bucketize(torch.arange(size, device=device), edges, right=True)
 
 
+def box_mask(
+    batch_size: int,
+    patch: Sequence[int],
+    *,
+    side: float = 0.5,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Masks that are 0 in a box at a random place, one per sample, and 1 around it.
+
+    Every place at which the box lies inside the patch is as probable as the others. Source: CutMix in BCP (side 2/3)
+    and co-learning (side 0.5), where the released code of BCP shares one mask in a batch.
+
+    Args:
+        batch_size: number of masks; 0 gives an empty tensor.
+        patch: spatial shape in voxels, two or three axes.
+        side: edge of the box as a part of the patch's, in (0, 1]; rounded to whole voxels, at least one. Half of every
+            edge is an eighth of the volume in 3D.
+        device: where the masks are made (no copy from the host).
+        generator: source of randomness on `device`; default is torch's global one.
+
+    Returns:
+        Bool tensor of shape (batch_size, 1, *patch).
+
+    Raises:
+        ValueError: side outside (0, 1].
+    """
+    if not 0 < side <= 1:
+        raise ValueError(f"The side of the box must lie in (0, 1], it is {side}.")
+    inside = torch.ones((batch_size, 1, *[1] * len(patch)), dtype=torch.bool, device=device)
+    for axis, size in enumerate(patch, start=2):
+        edge = max(1, round(side * size))
+        # rand, not randint, which would take one range for all axes; rounding may give 1.0 in low precision
+        start = torch.rand(batch_size, device=device, generator=generator, dtype=torch.float32)
+        start = (start * (size - edge + 1)).long().clamp_max(size - edge).view(-1, 1)
+        place = torch.arange(size, device=device)
+        along = (place >= start) & (place < start + edge)
+        inside = inside & along.view(batch_size, *[size if i == axis else 1 for i in range(1, len(patch) + 2)])
+    return ~inside
+
+
 def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """Takes each voxel from `first` where the mask is 1 and from `second` where it is 0.
 
@@ -91,3 +132,25 @@ def halves(x: Tensor) -> Tensor:
     """
     odd = len(x) % 2
     return torch.cat([x[: len(x) // 2 + 1], x[len(x) // 2 :]]) if odd else x
+
+
+def mix_halves(
+    labeled: Tensor, labels: Tensor, unlabeled: Tensor, pseudo: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixes half a of a batch by the masks and half b by their complements: B mixed patches of 2 B images.
+
+    Args:
+        labeled: images (B, C, *spatial).
+        labels: (B, 1, *spatial).
+        unlabeled: images (B, C, *spatial).
+        pseudo: their pseudo labels (B, 1, *spatial).
+        mask: (ceil(B / 2), 1, *spatial), bool; 1 keeps the labeled image in half a, the unlabeled one in half b.
+
+    Returns:
+        Mixed images, mixed labels, and the mask that is True where image and label are of the labeled batch; each with
+        B samples, B + 1 where B is odd (see `halves`).
+    """
+    mask = torch.cat([mask, ~mask])
+    image = mix(halves(labeled), halves(unlabeled), mask)
+    target = mix(halves(labels), halves(pseudo).to(labels.dtype), mask)
+    return image, target, mask

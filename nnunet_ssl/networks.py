@@ -1,8 +1,10 @@
 """Companion networks: frozen copies, EMA, and what a method reads from a network."""
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -23,12 +25,25 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     return copy.requires_grad_(False)
 
 
-@torch.no_grad()
+def trainable_copy(network: nn.Module) -> nn.Module:
+    """An independent copy with the same weights, to be trained as well (a second student)."""
+    return deepcopy(unwrap(network))
+
+
+def reinitialized_copy(network: nn.Module) -> nn.Module:
+    """A network of the same architecture with its own random weights, drawn as nnU-Net draws them (a second student).
+
+    Independent of the weights of `network`, also where they were loaded by -pretrained_weights.
+    """
+    copy = deepcopy(unwrap(network))
+    for module in copy.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return copy.apply(copy.initialize)
+
+
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher = decay * teacher + (1 - decay) * student, for every parameter exactly once; buffers are copied.
-
-    `named_parameters()` lists a tensor that several modules share once. `state_dict()` would list it up to four
-    times in nnU-Net's networks, and an update over that would apply the decay as often.
 
     Args:
         teacher: changed in place.
@@ -38,14 +53,47 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     Raises:
         ValueError: names or shapes of parameters or buffers differ; nothing is changed then.
     """
-    student = unwrap(student)
-    old, new = dict(teacher.named_parameters()), dict(student.named_parameters())
-    buffers, sources = dict(teacher.named_buffers()), dict(student.named_buffers())
-    if _shapes(old | buffers) != _shapes(new | sources):
-        raise ValueError("An exponential moving average needs networks with the same parameter names and shapes.")
-    torch._foreach_lerp_(list(old.values()), [new[name] for name in old], 1.0 - decay)
+    update_weighted_ema(teacher, [student], [1.0 - decay])
+
+
+@torch.no_grad()
+def update_weighted_ema(teacher: nn.Module, students: Sequence[nn.Module], weights: Sequence[float]) -> None:
+    """teacher = (1 - sum of weights) * teacher + sum of weight * student (co-learning, Eq. 1).
+
+    Every parameter is updated exactly once: `named_parameters()` lists a tensor that several modules share once.
+    `state_dict()` would list it up to four times in nnU-Net's networks, and an update over that would apply the decay
+    as often. Buffers (of batch normalisation) are copied from the first student.
+
+    Args:
+        teacher: changed in place.
+        students: each may be wrapped (DDP, torch.compile). Averaging weights means something only for networks that
+            started from the same ones; independently initialised networks have no common order of features.
+        weights: of the students, not negative, sum at most 1.
+
+    Raises:
+        ValueError: names or shapes of parameters or buffers differ, or the weights are out of range; nothing is
+            changed then.
+    """
+    if min(weights) < 0 or sum(weights) > 1 + 1e-6:
+        raise ValueError(f"The weights of a moving average are not negative and sum to at most 1, not {weights}.")
+    parameters, buffers = dict(teacher.named_parameters()), dict(teacher.named_buffers())
+    students = [unwrap(student) for student in students]
+    sources = [dict(student.named_parameters()) for student in students]
+    first = dict(students[0].named_buffers())
+    for student, source in zip(students, sources, strict=True):
+        if _shapes(parameters | buffers) != _shapes(source | dict(student.named_buffers())):
+            raise ValueError("An exponential moving average needs networks with the same parameter names and shapes.")
+    tensors = list(parameters.values())
+    later = 1.0  # what the updates that follow leave of this one
+    updates = []
+    for source, weight in reversed(list(zip(sources, weights, strict=True))):
+        share = min(weight / later, 1.0) if later > 0 else 0.0
+        updates.append(([source[name] for name in parameters], share))
+        later -= weight
+    for source, share in reversed(updates):
+        torch._foreach_lerp_(tensors, source, share)
     for name, buffer in buffers.items():
-        buffer.copy_(sources[name])
+        buffer.copy_(first[name])
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -58,11 +106,47 @@ def logits(network: nn.Module, x: Tensor) -> Tensor:
     return output[0] if isinstance(output, list | tuple) else output
 
 
-def forward_with_features(network: nn.Module, x: Tensor) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+def forward_with_features(
+    network: nn.Module, x: Tensor, change: Callable[[list[Tensor]], list[Tensor]] | None = None
+) -> tuple[Tensor | list[Tensor], list[Tensor]]:
     """Output of a U-Net together with its encoder's stage outputs, highest resolution first, bottleneck last.
 
-    Calls encoder and decoder one after the other instead of registering hooks.
+    Calls encoder and decoder one after the other instead of registering hooks. `change` replaces the stage outputs
+    before the decoder sees them, for instance by dropout.
     """
     network = unwrap(network)
     skips = network.encoder(x)
+    if change is not None:
+        skips = change(skips)
     return network.decoder(skips), skips
+
+
+def with_interpolation(network: nn.Module) -> nn.Module:
+    """A copy of a U-Net whose decoder upsamples by linear interpolation and a convolution, not by a transposed one.
+
+    The convolutions are new and random, everything else is a copy.
+    """
+    copy = deepcopy(unwrap(network))
+    for index, transposed in enumerate(copy.decoder.transpconvs):
+        upsampling = InterpolationConv(transposed)
+        upsampling.apply(copy.initialize)
+        copy.decoder.transpconvs[index] = upsampling
+    return copy
+
+
+class InterpolationConv(nn.Module):
+    """Linear interpolation by the stride of a transposed convolution, then a convolution with 3 voxels per axis."""
+
+    def __init__(self, transposed: nn.Module):
+        super().__init__()
+        conv, self.mode = {
+            nn.ConvTranspose2d: (nn.Conv2d, "bilinear"),
+            nn.ConvTranspose3d: (nn.Conv3d, "trilinear"),
+        }[type(transposed)]
+        self.scale = tuple(float(stride) for stride in transposed.stride)
+        bias = transposed.bias is not None
+        self.conv = conv(transposed.in_channels, transposed.out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, *spatial) to (B, out, *spatial times stride)."""
+        return self.conv(F.interpolate(x, scale_factor=self.scale, mode=self.mode))

@@ -410,9 +410,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         states = {name: network.state_dict() for name, network in networks.items()}
         name = next(name for name, network in networks.items() if network is deployed)
         checkpoint["network_weights"] = states[name]
+        # the stock trainer's optimizer has one group: that of the first student
+        optimizer = checkpoint["optimizer_state"]
+        first = optimizer["param_groups"][0]
+        own = {number: state for number, state in optimizer["state"].items() if number in first["params"]}
+        checkpoint["optimizer_state"] = {"state": own, "param_groups": [first]}
         checkpoint[CHECKPOINT_KEY] = {
             "inference_network": name,
             "step": self.step,
+            "optimizer": optimizer,
             "student": states.pop("student"),
             "companions": states,
             "random_state": get_random_state(),
@@ -421,12 +427,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        further = self.optimizer.param_groups[1:]
+        del self.optimizer.param_groups[1:]
         super().load_checkpoint(filename_or_checkpoint)
+        self.optimizer.param_groups.extend(further)
         state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(CHECKPOINT_KEY)
         if state is None:  # written by stock nnU-Net: the companions start from its weights
             self._restart_companions()
             self.step = self.current_epoch * self.num_iterations_per_epoch
             return
+        self.optimizer.load_state_dict(state["optimizer"])
         unwrap(self.network).load_state_dict(state["student"])
         for name, network in vars(self.companions).items():
             unwrap(network).load_state_dict(state["companions"][name])

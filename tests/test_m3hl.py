@@ -14,27 +14,11 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainer
 
 def started(dataset, trainer=nnUNetTrainerM3HL, **settings):
     seed()
-    settings = {"enable_deep_supervision": False, "pretraining": 0.0, **settings}
+    settings = {"enable_deep_supervision": False, **settings}
     made = make_trainer(trainer, dataset, **settings)
     made.on_train_start()
     made.network.train()
     return made
-
-
-def test_pretraining_is_supervised_and_then_mixing_begins(tiny_dataset):
-    trainer = started(tiny_dataset, pretraining=0.5, num_epochs=2, num_iterations_per_epoch=4)
-    batch = random_batch(2)
-    batch.unlabeled.requires_grad_()
-    for step, mixed in ((0, False), (3, False), (4, True), (7, True)):
-        trainer.step = step
-        seed()
-        (terms,) = trainer.losses(batch)
-        assert list(terms) == ["labeled", "pseudo", "low", "high"]
-        if mixed:
-            assert torch.autograd.grad(sum(terms.values()), batch.unlabeled)[0].abs().sum() > 0
-        else:
-            assert terms["labeled"] == trainer.loss(trainer.network(batch.image), batch.target)
-            assert terms["pseudo"] == terms["low"] == terms["high"] == 0
 
 
 def random_batch(size, shape=(16, 16, 16)):
@@ -104,11 +88,9 @@ def test_a_step_is_that_of_the_equations(tiny_dataset, size, pairs):
 def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(tiny_dataset, monkeypatch):
     trainer = started(tiny_dataset, feature_weight=0.0, pseudo_weight=0.0)
     batch = random_batch(2)
-    # a mask whose complement is the same: every voxel of both halves is labeled
     everything = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
-    module = type(trainer).losses.__globals__
-    monkeypatch.setitem(module, "block_mask", lambda *args, **kwargs: everything[:1])
-    monkeypatch.setitem(module, "torch", Everything(torch, everything))
+    nothing_mixed = batch.image, batch.labels, everything
+    monkeypatch.setitem(type(trainer).losses.__globals__, "mix_halves", lambda *args: nothing_mixed)
     (terms,) = trainer.losses(batch)
     sum(terms.values()).backward()
     gradients = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
@@ -116,19 +98,6 @@ def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(ti
     trainer.loss(trainer.network(batch.image), batch.target).backward()
     expected = [p.grad for p in trainer.network.parameters() if p.grad is not None]
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
-
-
-class Everything:
-    """torch, but the mask of both halves is given."""
-
-    def __init__(self, module, mask):
-        self.module, self.mask = module, mask
-
-    def cat(self, tensors):
-        return self.mask
-
-    def __getattr__(self, name):
-        return getattr(self.module, name)
 
 
 def test_m3_differs_from_m3hl_in_attributes_only():

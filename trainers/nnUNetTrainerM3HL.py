@@ -9,7 +9,7 @@ weak view (spatial augmentation only). The student is deployed, as in the paper.
 import torch
 
 from nnunet_ssl.losses import feature_cosine, feature_l1, masked_loss
-from nnunet_ssl.mixing import block_mask, halves, mix
+from nnunet_ssl.mixing import block_mask, halves, mix_halves
 from nnunet_ssl.networks import forward_with_features, frozen_copy, update_ema
 from nnunet_ssl.pseudo_labels import hard_labels, keep_largest_component
 from nnunet_ssl.schedules import warmup_decay
@@ -25,7 +25,6 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
     largest_component = False  # clean pseudo labels: keep the largest component per class
-    pretraining = 0.0  # part of the training that is supervised, on unmixed labeled images, before mixing begins
     teacher_decay = 0.99  # of the EMA, per step, after the warm-up
     weak_view = True
 
@@ -35,13 +34,6 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         return {"teacher": frozen_copy(self.network)}
 
     def losses(self, batch):
-        if self.step < self.pretraining * self.max_steps:
-            zero = batch.image.new_zeros(())
-            yield {
-                "labeled": self.loss(self.network(batch.image), batch.target),
-                **dict.fromkeys(["pseudo"] + ["low", "high"] * bool(self.feature_weight), zero),
-            }
-            return
         with torch.no_grad():
             output, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
             pseudo = hard_labels(output[0] if isinstance(output, list) else output)
@@ -49,15 +41,11 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
             pseudo = keep_largest_component(pseudo)
         target_features = [halves(f) for f in features]
 
-        # b is mixed with the complement of a's masks
         half = (len(batch.image) + 1) // 2
         mask = block_mask(
             half, batch.image.shape[2:], cells=self.mask_cells, ratio=self.mask_ratio, device=batch.image.device
         )
-        mask = torch.cat([mask, ~mask])
-        image = mix(halves(batch.image), halves(batch.unlabeled), mask)
-        target = mix(halves(batch.labels), halves(pseudo).to(batch.labels.dtype), mask)
-
+        image, target, mask = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
         output, features = self.forward(self.network, image)
         terms = {
             "labeled": masked_loss(self.loss, output, target, mask),

@@ -1,0 +1,119 @@
+"""Semi-supervised multi-model co-learning for left atrium segmentation (2024): two students, one weighted-EMA teacher.
+
+Differs from the paper on purpose (it has no public code):
+- Eq. 13 takes labeled voxels where the image of Eq. 11 has unlabeled ones. Here image and target of a mix take every
+  voxel from the same scan.
+- The students start from the same weights: the mean of independently initialised networks predicts nothing. They differ
+  by noise on their inputs and by the place of their box.
+- Hard pseudo labels for Eq. 4-9; Eq. 15-17 compare the softmax with labels, and with the teacher's softmax where the
+  voxel is unlabeled. The teacher sees the whole patch, in a weak view (spatial augmentation only).
+"""
+
+import torch
+
+from nnunet_ssl.losses import full_resolution, probability_mse, reweighted
+from nnunet_ssl.mixing import box_mask, mix
+from nnunet_ssl.networks import frozen_copy, logits, trainable_copy, update_ema, update_weighted_ema, with_interpolation
+from nnunet_ssl.perturbations import add_noise
+from nnunet_ssl.pseudo_labels import hard_labels, one_hot
+from nnunet_ssl.schedules import sigmoid_rampup, warmup_decay
+from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
+
+
+class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
+    """Co-learning: two students learn from labels, each other, and a teacher that is the moving average of both."""
+
+    alpha = 0.005  # weight of student 1 in the teacher's EMA, per step, after the warm-up
+    beta = 0.005  # weight of student 2
+    unlabeled_weight = 1.0  # lambda: of the Dice with the other student's and with the teacher's labels
+    mix_weight = 1.0  # mu: of the mean squared difference on the mixes
+    rampup = 0.0  # part of the training after which lambda and mu are full; 0: from the start, as in the paper
+    cross_entropy = False  # add nnU-Net's cross entropy to the Dice of the labeled scans
+    box_side = 0.5  # edge of the box as a part of the patch's
+    noise = 0.1  # standard deviation of each student's own input noise, in units of the normalized image
+    student_backbones = "same"  # "different": student 2 upsamples by interpolation, one EMA teacher per student
+    weak_view = True
+
+    def build_companions(self):
+        if self.student_backbones not in ("same", "different"):
+            raise ValueError(f'student_backbones is "same" or "different", not {self.student_backbones!r}.')
+        companions = {"teacher": frozen_copy(self.network)}
+        if self.student_backbones == "same":
+            return {"student_2": trainable_copy(self.network), **companions}
+        # weights of different networks cannot be averaged by name: an ensemble of two teachers instead
+        second = with_interpolation(self.network)
+        return {"student_2": second, **companions, "teacher_2": frozen_copy(second)}
+
+    def losses(self, batch):
+        students = (self.network, self.companions.student_2)
+        ramp = sigmoid_rampup(self.step, self.rampup * self.max_steps)
+        supervised = reweighted(self.loss, cross_entropy=float(self.cross_entropy), dice=1)
+        dice = reweighted(full_resolution(self.loss), cross_entropy=0, dice=1)
+        noisy = [add_noise(batch.unlabeled, self.noise) for _ in students]
+        with torch.no_grad():
+            soft = self.teach(batch.unlabeled_weak)
+            # one more forward pass of student 2 instead of two graphs in memory at the same time
+            peer = hard_labels(logits(students[1], noisy[1]))
+        pseudo = soft.argmax(1, keepdim=True)
+        truth = one_hot(batch.labels, soft.shape[1])
+
+        for number, student in enumerate(students, start=1):
+            output = student(add_noise(batch.image, self.noise))
+            yield {f"supervised_{number}": supervised(output, batch.target)}  # Eq. 3
+
+            output = logits(student, noisy[number - 1])
+            own = hard_labels(output)
+            yield {
+                f"cross_{number}": ramp * self.unlabeled_weight * dice(output, peer),  # Eq. 4-6
+                f"teacher_{number}": ramp * self.unlabeled_weight * dice(output, pseudo),  # Eq. 7-9
+            }
+            peer = own
+            del output
+
+            # INDMIX: the box of an unlabeled scan in a labeled one for student 1, the reverse for student 2
+            mask = box_mask(len(batch.image), batch.image.shape[2:], side=self.box_side, device=batch.image.device)
+            image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=number == 2)
+            output = logits(student, add_noise(image, self.noise))
+            yield {f"mix_{number}": ramp * self.mix_weight * probability_mse(output, target)}  # OUTDMIX, Eq. 15-17
+            del output
+
+    def teach(self, image):
+        """Probabilities of the teacher, or of the two teachers weighted by alpha and beta, in fp32."""
+        soft = logits(self.companions.teacher, image).float().softmax(1)
+        if self.student_backbones == "same":
+            return soft
+        second = logits(self.companions.teacher_2, image).float().softmax(1)
+        return (self.alpha * soft + self.beta * second) / (self.alpha + self.beta)
+
+    def after_step(self):
+        decay = warmup_decay(self.step, 1 - self.alpha - self.beta)
+        teacher, student, second = self.companions.teacher, self.network, self.companions.student_2
+        if self.student_backbones == "same":
+            share = (1 - decay) / (self.alpha + self.beta)
+            update_weighted_ema(teacher, [student, second], [share * self.alpha, share * self.beta])  # Eq. 1
+        else:
+            update_ema(teacher, student, decay)
+            update_ema(self.companions.teacher_2, second, decay)
+
+    def inference_network(self):
+        return self.companions.teacher
+
+
+def indmix(labeled, truth, unlabeled, soft, mask, *, reverse: bool):
+    """Eq. 11 and 12 with their targets: image and target take every voxel from the same scan.
+
+    Args:
+        labeled: images (B, C, *spatial), with their labels `truth` as probabilities (B, classes, *spatial).
+        unlabeled: images, with the teacher's probabilities `soft`.
+        mask: (B, 1, *spatial), 0 in the box.
+        reverse: False puts a box of the unlabeled image into the labeled one (Eq. 11), True the opposite (Eq. 12).
+
+    Returns:
+        Mixed image and target.
+    """
+    if reverse:
+        labeled, truth, unlabeled, soft = unlabeled, soft, labeled, truth
+    return mix(labeled, unlabeled, mask), mix(truth, soft, mask)
+
+
+__getattr__ = epoch_variants(globals())
