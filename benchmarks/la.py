@@ -5,6 +5,9 @@
     python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainer nnUNetTrainerM3 nnUNetTrainerM3HL
     python benchmarks/la.py -d 501 -f 3 -tr nnUNetTrainer                               # upper bound: all labels
     python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --set feature_pairs=matched
+    nnunet-ssl pseudo-label -d 501 -c la_quick -f 0 -o 511 -device cpu                  # self-training
+    nnUNetv2_plan_and_preprocess -d 511 -c 3d_fullres -overwrite_target_spacing 2.5 2.5 2.5
+    python benchmarks/la.py -d 511 -f 0 -tr nnUNetTrainer
 
 Every trainer takes the same number of steps of the same size on the same plans. The final checkpoint is used, nothing
 is selected. What is trained already is not trained again. One process and one thread per call: start as many
@@ -111,7 +114,7 @@ def checkpoints(folder: Path) -> dict[str, str]:
 
 def predict(args, dataset: str, configuration: str, name: str, fold: int, checkpoint: str) -> dict[str, list[float]]:
     """Predicts imagesTs with nnUNetv2_predict (no mirroring, to save time); the METRICS of every case."""
-    raw = Path(nnUNet_raw) / dataset
+    raw = Path(nnUNet_raw) / provenance(dataset).get("dataset", dataset)
     output = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}" / f"test_{fold}_{checkpoint}"
     shutil.rmtree(output, ignore_errors=True)
     # nnUNetv2_predict takes as many threads as there are cores: let them sleep, not spin, while they wait
@@ -121,6 +124,11 @@ def predict(args, dataset: str, configuration: str, name: str, fold: int, checkp
     command = [*command.split(), "-i", str(raw / "imagesTs"), "-o", str(output)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return {file.name.split(".")[0]: measure(output / file.name, file) for file in sorted((raw / "labelsTs").iterdir())}
+
+
+def provenance(dataset: str) -> dict:
+    """Where the labels of a dataset that `nnunet-ssl pseudo-label` wrote come from; empty for any other."""
+    return json.loads((Path(nnUNet_raw) / dataset / "dataset.json").read_text()).get("pseudo_labels", {})
 
 
 def measure(prediction: Path, reference: Path) -> list[float]:
@@ -203,7 +211,9 @@ def main() -> None:
             folder = train(args, dataset, configuration, trainer, name, fold)
             for network, checkpoint in checkpoints(folder).items():
                 metrics = predict(args, dataset, configuration, name, fold, checkpoint)
-                run = [trainer + suffix, fold, len(splits[fold]["train"]), network, args.steps, args.seed]
+                labeled = set(splits[fold]["train"]) - set(provenance(dataset).get("cases", []))
+                shown = f"self-training, {trainer}" if provenance(dataset) else trainer
+                run = [shown + suffix, fold, len(labeled), network, args.steps, args.seed]
                 record(args, [str(value) for value in run], metrics)
                 dice = statistics.mean(values[0] for values in metrics.values())
                 print(f"{name}, fold {fold}, {network}: Dice {dice:.2f}", flush=True)

@@ -59,6 +59,29 @@ def _preprocess(options) -> None:
     preprocess_unlabeled(options.dataset, options.configurations, options.plans, options.input, options.num_processes)
 
 
+def _pseudo_label(options) -> None:
+    from nnunet_ssl.self_training import pseudo_label
+
+    folder = pseudo_label(
+        options.dataset,
+        options.configuration,
+        options.fold,
+        options.output,
+        options.trainer,
+        options.plans,
+        options.checkpoint,
+        options.device,
+        options.num_processes,
+        not options.disable_tta,
+    )
+    fold = "all" if options.fold == "all" else 0
+    print(
+        f"Wrote {folder}. Train on it:\n"
+        f"  nnUNetv2_plan_and_preprocess -d {options.output} -c {options.configuration}\n"
+        f"  nnUNetv2_train {options.output} {options.configuration} {fold}"
+    )
+
+
 def _doctor(options) -> int:
     from nnunet_ssl.doctor import doctor
 
@@ -69,6 +92,10 @@ def _demo(options) -> None:
     from nnunet_ssl.demo import demo
 
     demo(options.output)
+
+
+def _fold(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +146,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
     sub.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: imagesUn of the dataset)")
     sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
+
+    sub = command("pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model.")
+    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    sub.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
+    sub.add_argument("-f", dest="fold", type=_fold, required=True, help="fold of the model, a number or all")
+    sub.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
+    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
+    sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    sub.add_argument("-o", dest="output", type=int, required=True, help="id of the dataset that is written")
+    sub.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
+    sub.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
+    sub.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
 
     sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
     sub.add_argument("-d", dest="dataset", help="dataset name or id")

@@ -6,7 +6,15 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_ssl.losses import downsample, feature_cosine, feature_l1, masked_loss
+from nnunet_ssl.losses import (
+    downsample,
+    feature_cosine,
+    feature_l1,
+    full_resolution,
+    masked_loss,
+    probability_mse,
+    reweighted,
+)
 
 WEIGHTS = np.array([2 / 3, 1 / 3, 0])  # nnU-Net's for three scales
 SCALES = {2: [(1, 1), (0.5, 0.5), (0.25, 0.25)], 3: [(1, 1, 1), (1, 0.5, 0.5), (0.5, 0.25, 0.25)]}
@@ -336,3 +344,55 @@ def test_settings_of_the_cross_entropy_that_the_masked_loss_does_not_know_are_re
     logits, target = torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
     with pytest.raises(NotImplementedError, match="class weights and label smoothing"):
         masked_loss(loss, logits, target, torch.ones_like(target))
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(("ce", "dice"), [(1, 0), (0, 1), (0.3, 2.0), (1, 1)])
+def test_other_weights_are_those_of_nnunets_own_loss_and_leave_it_alone(deep, ce, dice):
+    loss = nnunet_loss(deep=deep)
+    output, target = random_logits(3, 3), random_target(3, 3)
+    targets = at_all_scales(target, 3)
+    if not deep:
+        output, targets = output[0], targets[0]
+    before = loss(output, targets)
+    changed = reweighted(loss, cross_entropy=ce, dice=dice)
+    expected = nnunet_loss(deep=deep, weight_ce=ce, weight_dice=dice)
+    torch.testing.assert_close(changed(output, targets), expected(output, targets))
+    assert loss(output, targets) == before
+
+
+def test_only_dice_and_cross_entropy_have_other_weights():
+    with pytest.raises(NotImplementedError, match="DC_and_CE_loss"):
+        reweighted(torch.nn.CrossEntropyLoss(), cross_entropy=1, dice=0)
+
+
+def test_the_loss_of_the_full_resolution_is_the_one_inside_deep_supervision():
+    deep, plain = nnunet_loss(deep=True), nnunet_loss()
+    assert full_resolution(deep) is deep.loss
+    assert full_resolution(plain) is plain
+
+
+def test_probability_mse_is_the_mean_over_voxels_and_classes():
+    logits = torch.zeros(1, 2, 1, 2)  # probabilities 1/2
+    target = torch.tensor([[[[1.0, 0.5]], [[0.0, 0.5]]]])
+    assert probability_mse(logits, target) == pytest.approx(0.25 / 2)
+    mask = torch.tensor([[[[True, False]]]])
+    assert probability_mse(logits, target, mask) == pytest.approx(0.25)
+    assert probability_mse(logits, target, ~mask) == 0
+    assert probability_mse(logits, target, mask & ~mask) == 0  # an empty mask
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_probability_mse_trains_the_masked_voxels_of_the_student_only(dim):
+    logits = random_logits(3, dim)[0]
+    target = torch.rand(logits.shape).softmax(1).requires_grad_()
+    mask = random_mask(dim)
+    probability_mse(logits, target, mask).backward()
+    assert target.grad is None
+    assert torch.equal(logits.grad.abs().sum(1, keepdim=True) > 0, mask)
+
+
+def test_probability_mse_of_half_precision_is_computed_in_single_precision():
+    logits = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
+    target = torch.randn(2, 3, 4, 4).softmax(1)
+    assert probability_mse(logits, target) == probability_mse(logits.float(), target)

@@ -3,7 +3,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from nnunet_ssl.mixing import block_mask, grid_shape, halves, mix
+from nnunet_ssl.mixing import block_mask, box_mask, grid_shape, halves, mix, mix_halves
 
 # patch, cells asked for per axis, grid that gives every cell at least 8 voxels
 GRIDS = [
@@ -252,3 +252,57 @@ def test_halves_follow_each_other_and_share_the_middle_of_an_odd_batch(size, ord
     x = torch.arange(size).view(size, 1, 1, 1).expand(size, 2, 3, 3)
     assert halves(x).shape == (len(order), 2, 3, 3)
     assert halves(x)[:, 0, 0, 0].tolist() == order
+
+
+@pytest.mark.parametrize("patch", [(12, 17, 20), (9, 30)])
+@pytest.mark.parametrize("side", [0.5, 2 / 3, 0.01, 1.0])
+def test_a_box_mask_is_zero_in_one_box_inside_the_patch(patch, side):
+    mask = box_mask(20, patch, side=side, generator=generator())
+    assert mask.dtype == torch.bool
+    assert mask.shape == (20, 1, *patch)
+    for sample in ~mask[:, 0]:
+        voxels = sample.nonzero()
+        lower, upper = voxels.amin(0), voxels.amax(0) + 1
+        assert (upper - lower).tolist() == [max(1, round(side * size)) for size in patch]
+        assert len(voxels) == (upper - lower).prod()  # no holes
+
+
+def test_every_place_of_the_box_is_as_probable_as_the_others_on_every_axis():
+    mask = box_mask(4000, (8, 6), side=0.5, generator=generator())
+    starts = torch.stack([(~m[0]).nonzero().amin(0) for m in mask])
+    for axis, places in enumerate((5, 4)):  # a box of 4 in 8, of 3 in 6
+        counts = starts[:, axis].bincount()
+        assert len(counts) == places
+        assert (counts / 4000 - 1 / places).abs().max() < 0.03
+    together = (starts[:, 0] * 4 + starts[:, 1]).bincount()
+    assert (together / 4000 - 1 / 20).abs().max() < 0.015  # the axes are independent
+
+
+def test_no_box_masks_for_no_samples_and_a_generator_decides():
+    assert box_mask(0, (8, 8)).shape == (0, 1, 8, 8)
+    first, again, other = (box_mask(4, (20, 20, 20), generator=generator(s)) for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("side", [0, -0.5, 1.1])
+def test_a_side_outside_of_0_to_1_is_refused(side):
+    with pytest.raises(ValueError, match="side"):
+        box_mask(1, (8, 8), side=side)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("patch", PATCHES)
+def test_halves_are_mixed_by_complementary_masks_from_sources_that_the_mask_names(size, patch):
+    (labeled, labels), (unlabeled, pseudo) = (tagged(source, patch, size) for source in (1, 2))
+    half = (size + 1) // 2
+    mask = block_mask(half, patch, generator=generator())
+    image, target, kept = mix_halves(labeled, labels, unlabeled, pseudo, mask)
+    assert len(image) == len(target) == len(kept) == 2 * half
+    assert torch.equal(kept[:half], ~kept[half:])
+    source, voxel = image[:, :1], image[:, 1:]
+    assert torch.equal(source == 1, kept)
+    assert torch.equal(target, (1000 * source + voxel % 1000).int())  # the same source and voxel
+    for half_of, samples in ((0, range(half)), (half, range(size - half, size))):
+        for index, sample in enumerate(samples):
+            assert torch.equal(voxel[half_of + index], labeled[sample, 1:])

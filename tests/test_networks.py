@@ -7,7 +7,17 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_ssl.networks import forward_with_features, frozen_copy, logits, unwrap, update_ema
+from nnunet_ssl.networks import (
+    forward_with_features,
+    frozen_copy,
+    logits,
+    reinitialized_copy,
+    trainable_copy,
+    unwrap,
+    update_ema,
+    update_weighted_ema,
+    with_interpolation,
+)
 
 NETWORKS = {"plain": (PlainConvUNet, "n_conv_per_stage"), "residual": (ResidualEncoderUNet, "n_blocks_per_stage")}
 FEATURES = [3, 4, 5]
@@ -259,3 +269,103 @@ def test_different_buffers_are_refused_before_anything_changes():
     with pytest.raises(ValueError, match="same parameter names and shapes"):
         update_ema(teacher, student, 0.5)
     assert (teacher.weight == 1).all()
+
+
+@every_network
+@pytest.mark.parametrize("weights", [(0.1, 0.3), (0.005, 0.005), (0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_weighted_average_of_two_students_follows_its_equation(kind, dim, weights):
+    alpha, beta = weights
+    teacher, first, second = (network(kind, dim, seed=seed) for seed in range(3))
+    old, a, b = snapshot(teacher), snapshot(first), snapshot(second)
+    update_weighted_ema(teacher, [first, second], weights)
+    expected = {name: (1 - alpha - beta) * old[name] + alpha * a[name] + beta * b[name] for name in old}
+    assert_close(snapshot(teacher), expected)
+    assert_same(snapshot(first), a)
+    assert_same(snapshot(second), b)
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.4), (-0.1, 0.5)])
+def test_weights_out_of_range_are_refused_and_nothing_changes(weights):
+    teacher = network(seed=0)
+    old = snapshot(teacher)
+    with pytest.raises(ValueError, match="weights"):
+        update_weighted_ema(teacher, [network(seed=1), network(seed=2)], weights)
+    assert_same(snapshot(teacher), old)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_weighted_average_needs_students_of_the_same_shapes(position):
+    teacher, students = network(seed=0), [network(seed=1), network(seed=2)]
+    students[position] = with_interpolation(students[position])
+    old = snapshot(teacher)
+    with pytest.raises(ValueError, match="same parameter names and shapes"):
+        update_weighted_ema(teacher, students, [0.1, 0.1])
+    assert_same(snapshot(teacher), old)
+
+
+@every_network
+def test_a_trainable_copy_starts_equal_and_is_trained_on_its_own(kind, dim):
+    student = network(kind, dim)
+    copy = trainable_copy(student)
+    assert_same(snapshot(copy), snapshot(student))
+    assert not storages(copy) & storages(student)
+    assert all(p.requires_grad for p in copy.parameters())
+
+
+@every_network
+def test_a_reinitialized_copy_is_drawn_as_nnunet_draws_a_network(kind, dim):
+    student = network(kind, dim)
+    before = snapshot(student)
+    torch.manual_seed(0)
+    copy = reinitialized_copy(student)
+    assert_same(snapshot(student), before)
+    assert all(p.requires_grad for p in copy.parameters())
+    assert not storages(copy) & storages(student)
+    for module in copy.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            assert module.bias is None or (module.bias == 0).all()
+            fan_in = module.weight[0].numel()
+            expected = (2 / (1 + 0.01**2) / fan_in) ** 0.5
+            assert 0.5 * expected < module.weight.pow(2).mean().sqrt() < 1.6 * expected
+    # normalization starts at 1 and 0; nnU-Net sets the last one of a residual block to 0
+    scales = [m.weight for m in copy.modules() if "InstanceNorm" in type(m).__name__]
+    assert scales
+    assert all((scale == 1).all() or (kind == "residual" and (scale == 0).all()) for scale in scales)
+    other = reinitialized_copy(student)
+    assert not torch.equal(next(copy.parameters()), next(other.parameters()))
+
+
+@every_network
+def test_interpolation_replaces_the_transposed_convolutions_and_nothing_else(kind, dim):
+    student = network(kind, dim, deep=True)
+    copy = with_interpolation(student)
+    x = torch.randn(2, 1, *[16] * dim)
+    outputs = copy(x)
+    assert [o.shape for o in outputs] == [o.shape for o in student(x)]
+    assert not any("ConvTranspose" in type(m).__name__ for m in copy.modules())
+    before, after = snapshot(student), snapshot(copy)
+    same = [name for name in after if name in before and after[name].shape == before[name].shape]
+    assert all(torch.equal(after[name], before[name]) for name in same if "transpconvs" not in name)
+    assert {name for name in before.keys() ^ after.keys() if "transpconvs" not in name} == set()
+    sum(o.sum() for o in outputs).backward()
+    assert all(c.conv.weight.grad.abs().sum() > 0 for c in copy.decoder.transpconvs)
+
+
+def test_interpolation_follows_anisotropic_strides():
+    transposed = nn.ConvTranspose3d(4, 3, (1, 2, 2), stride=(1, 2, 2))
+    student = network(dim=3)
+    student.decoder.transpconvs[0] = transposed
+    upsampling = with_interpolation(student).decoder.transpconvs[0]
+    assert upsampling(torch.zeros(1, 4, 5, 6, 7)).shape == (1, 3, 5, 12, 14)
+
+
+@every_network
+def test_stage_outputs_can_be_changed_before_the_decoder(kind, dim):
+    net = network(kind, dim)
+    x = torch.randn(2, 1, *[16] * dim)
+    same, _ = forward_with_features(net, x, lambda skips: skips)
+    changed, skips = forward_with_features(net, x, lambda skips: [*skips[:-1], 0 * skips[-1]])
+    assert torch.equal(same, net(x))
+    assert torch.equal(changed, net.decoder(skips))
+    assert not torch.equal(changed, same)
+    assert (skips[-1] == 0).all()

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from nnunet_ssl.pseudo_labels import hard_labels, keep_largest_component
+from nnunet_ssl.pseudo_labels import entropy, hard_labels, keep_largest_component, one_hot
 
 SHAPES = [(9, 10), (9, 10, 11)]
 
@@ -72,3 +74,21 @@ def test_the_dtype_is_kept_and_the_input_is_not_changed(dtype):
     assert cleaned.dtype == dtype
     assert torch.equal(labels, before)
     assert cleaned.data_ptr() != labels.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (3, 4, 5)])
+def test_one_hot_puts_the_label_on_the_class_axis(shape):
+    labels = torch.randint(0, 4, (2, 1, *shape), dtype=torch.int16)
+    encoded = one_hot(labels, 4)
+    assert encoded.dtype == torch.float32
+    assert encoded.shape == (2, 4, *shape)
+    assert torch.equal(encoded.argmax(1, keepdim=True), labels.long())
+    assert (encoded.sum(1) == 1).all()
+
+
+def test_entropy_is_0_where_sure_and_ln_c_where_uniform():
+    sure, uniform = torch.tensor([1.0, 0, 0]), torch.full((3,), 1 / 3)
+    half = torch.tensor([0.5, 0.5, 0])
+    probabilities = torch.stack([sure, uniform, half], 1).view(1, 3, 3, 1)
+    expected = torch.tensor([0, math.log(3), math.log(2)]).view(1, 1, 3, 1)
+    torch.testing.assert_close(entropy(probabilities), expected)

@@ -1,0 +1,209 @@
+"""Self-training: a trained model labels the unlabeled scans, and stock nnU-Net trains on the result."""
+
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from nnunetv2 import paths
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from tqdm import tqdm
+
+from nnunet_ssl.preprocessing import (
+    find_scans,
+    load_plans,
+    name_problems,
+    run_all,
+    scan_problems,
+    taken_names,
+    worker_pool,
+)
+from nnunet_ssl.splits import save_splits
+
+
+def pseudo_label(
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    output_id: int,
+    trainer: str = "nnUNetTrainer",
+    plans_identifier: str = "nnUNetPlans",
+    checkpoint: str = "checkpoint_final.pth",
+    device: str = "cuda",
+    num_processes: int = 2,
+    mirroring: bool = True,
+) -> Path:
+    """Writes a raw dataset of the fold's labeled scans and of its unlabeled scans with predicted labels.
+
+    This is what nnU-Net's maintainers recommend where most scans have no labels, and so the baseline of every
+    semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
+    new folder. Its entry "pseudo_labels" says which cases a model has labeled, and which model. A split with the
+    source fold's validation cases, whose labels are true, is written to nnUNet_preprocessed. Nothing of the new
+    dataset exists until all scans are labeled.
+
+    Args:
+        dataset: id or name of the source dataset.
+        configuration: of the trained model.
+        fold: of the trained model, a number or "all"; its labeled cases become those of the new dataset.
+        output_id: id of the new dataset.
+        trainer: of the trained model, any of nnU-Net's or ours.
+        plans_identifier: of the trained model.
+        checkpoint: file name in the fold's folder.
+        device: "cuda", "cpu" or "mps".
+        num_processes: for preprocessing, and as many for export.
+        mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
+
+    Returns:
+        Folder of the new dataset in nnUNet_raw.
+
+    Raises:
+        FileNotFoundError: no dataset, no trained model or no unlabeled scans; the message has the fix.
+        FileExistsError: the id is taken.
+        ValueError: no such fold, or an unlabeled scan's name is that of a labeled one.
+        NotImplementedError: a cascade.
+    """
+    name = str(maybe_convert_to_dataset_name(dataset))
+    raw, preprocessed = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
+    plans = load_plans(preprocessed, plans_identifier, [configuration])
+    if plans.get_configuration(configuration).previous_stage_name is not None:
+        raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
+    taken = list(find_candidate_datasets(output_id))
+    if taken:
+        raise FileExistsError(f"Dataset {output_id} exists already: {', '.join(sorted(taken))}. Choose another -o.")
+    model = Path(get_output_folder(name, trainer, plans_identifier, configuration))
+    if not (model / f"fold_{fold}" / checkpoint).is_file():
+        raise FileNotFoundError(
+            f"{model / f'fold_{fold}' / checkpoint} is missing. Train the model first: "
+            f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
+        )
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    cases = get_filenames_of_train_images_and_targets(str(raw))
+    labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
+    check_scans(scans, dataset_json, plans.image_reader_writer_class, num_processes)
+
+    folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
+    # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "labelsTr").mkdir(parents=True)
+    predict(scans, unfinished / "labelsTr", model, fold, checkpoint, device, num_processes, mirroring)
+
+    def relative(file):
+        return os.path.relpath(file, unfinished)
+
+    ending = dataset_json["file_ending"]
+    entries = {
+        case: {"images": [relative(i) for i in cases[case]["images"]], "label": relative(cases[case]["label"])}
+        for case in sorted(labeled + validation)
+    }
+    for case, files in scans.items():
+        entries[case] = {"images": [relative(i) for i in files], "label": f"labelsTr/{case}{ending}"}
+    provenance = {
+        "cases": sorted(scans),
+        "dataset": name,
+        "trainer": trainer,
+        "plans": plans_identifier,
+        "configuration": configuration,
+        "fold": fold,
+        "checkpoint": checkpoint,
+        "nnunet-ssl": metadata.version("nnunet-ssl"),
+    }
+    description = {
+        **dataset_json,
+        "name": folder.name,
+        "numTraining": len(entries),
+        "dataset": entries,
+        "pseudo_labels": provenance,
+    }
+    (unfinished / "dataset.json").write_text(json.dumps(description, indent=1))
+    if validation:
+        splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}]
+        save_splits(Path(paths.nnUNet_preprocessed) / folder.name / "splits_final.json", splits)
+    os.replace(unfinished, folder)
+    return folder
+
+
+def sort_cases(
+    name: str, fold: int | str, cases: dict, dataset_json: dict
+) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Labeled and validation cases of a fold, and its unlabeled scans with their image files, from both sources.
+
+    Args:
+        name: of the dataset.
+        fold: its number, or "all": every case of imagesTr is labeled then, none for validation.
+        cases: what nnU-Net finds in the raw dataset: per case its images and label.
+        dataset_json: of the raw dataset.
+    """
+    raw, splits = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
+    entry = {"train": list(cases), "val": []}
+    if fold != "all":
+        folds = json.loads(splits.read_text()) if splits.is_file() else []
+        if fold >= len(folds):
+            raise ValueError(f"{splits} has no fold {fold}; the number of its folds is {len(folds)}.")
+        entry = folds[fold]
+    missing = sorted({case for key in ("train", "val", "unlabeled") for case in entry.get(key, [])} - cases.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} cases of fold {fold} in {splits} are not in {raw}: {', '.join(missing[:5])}.")
+    scans = {case: cases[case]["images"] for case in entry.get("unlabeled", [])}
+    own = find_scans(raw / "imagesUn", dataset_json["file_ending"])[0]
+    taken = taken_names(raw, splits.parent, dataset_json, set())
+    problems = name_problems(own, f"rename or remove it in {raw / 'imagesUn'}", taken)
+    if problems:
+        raise ValueError("Unlabeled scans need names of their own:\n  " + "\n  ".join(problems))
+    scans |= {case: [str(file) for file in files] for case, files in own.items()}
+    if not scans:
+        raise FileNotFoundError(
+            f"{name} has no unlabeled scans for fold {fold}: neither files in {raw / 'imagesUn'} nor an "
+            f'"unlabeled" list in {splits}.'
+        )
+    return entry["train"], entry["val"], dict(sorted(scans.items()))
+
+
+def check_scans(
+    scans: dict[str, list[str]], dataset_json: dict, reader: type[BaseReaderWriter], num_processes: int
+) -> None:
+    """Reads every scan; raises ValueError with one line per problem, before a model spends hours on the others."""
+    channels = list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
+    jobs = {
+        case: (case, [Path(file) for file in files], channels, dataset_json["file_ending"], reader)
+        for case, files in scans.items()
+    }
+    with worker_pool(min(num_processes, len(jobs))) as pool:
+        found = run_all(pool, scan_problems, jobs, "Checking unlabeled scans")
+    problems = [problem for case in scans for problem in found[case]]
+    if problems:
+        raise ValueError(f"Nothing was labeled: {len(problems)} problems\n  " + "\n  ".join(problems))
+
+
+def predict(
+    scans: dict[str, list[str]],
+    folder: Path,
+    model: Path,
+    fold: int | str,
+    checkpoint: str,
+    device: str,
+    num_processes: int,
+    mirroring: bool,
+) -> None:
+    """Predicts the scans with nnU-Net's own predictor, behind a progress bar; label files go to `folder`."""
+    predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (fold,), checkpoint)
+    prepared = preprocessing_iterator_fromfiles(
+        list(scans.values()),
+        None,
+        [str(folder / case) for case in scans],
+        predictor.plans_manager,
+        predictor.dataset_json,
+        predictor.configuration_manager,
+        num_processes,
+        device == "cuda",
+    )
+    bar = tqdm(prepared, total=len(scans), desc="Labeling scans", unit="scan")
+    predictor.predict_from_data_iterator(bar, num_processes_segmentation_export=num_processes)

@@ -1,0 +1,190 @@
+"""Steps of Mean Teacher, UA-MT, CPS and BCP against direct implementations of their equations."""
+
+import math
+
+import pytest
+import torch
+from equations import assert_terms, cross_entropy, dice_and_cross_entropy, random_batch, started
+from training import seed
+
+from nnunet_ssl.mixing import box_mask
+from nnunet_ssl.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunet_ssl.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
+
+RAMPED = [nnUNetTrainerMeanTeacher, nnUNetTrainerUAMT, nnUNetTrainerCPS]
+
+
+def clipped_noise(x, deviation):
+    return (torch.randn_like(x) * deviation).clamp(-2 * deviation, 2 * deviation)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_mean_teacher(tiny_dataset, size):
+    trainer = started(nnUNetTrainerMeanTeacher, tiny_dataset, consistency_weight=0.7, noise=0.3)
+    batch = random_batch(size)
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    student, teacher = trainer.network, trainer.companions.teacher
+    target = teacher(batch.unlabeled_weak + clipped_noise(batch.unlabeled_weak, 0.3)).softmax(1)
+    prediction = student(batch.unlabeled).softmax(1)
+    expected = {
+        "supervised": dice_and_cross_entropy(student(batch.image), batch.target),
+        "consistency": 0.7 * ((prediction - target) ** 2).mean(),
+    }
+    assert_terms(groups, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_uamt(tiny_dataset, size):
+    settings = {"consistency_weight": 0.7, "noise": 0.3, "passes": 3, "initial_threshold": 0.6, "dropout": 0.4}
+    trainer = started(nnUNetTrainerUAMT, tiny_dataset, **settings)
+    trainer.step = trainer.max_steps // 2
+    trainer.rampup = 0.0
+    batch = random_batch(size)
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    student, teacher, weak = trainer.network, trainer.companions.teacher, batch.unlabeled_weak
+    target = teacher(weak + clipped_noise(weak, 0.3)).softmax(1)
+    mean = 0
+    for _ in range(3):
+        skips = teacher.encoder(weak + clipped_noise(weak, 0.3))
+        kept = torch.empty_like(skips[-1]).bernoulli_(0.6)
+        mean = mean + teacher.decoder([*skips[:-1], skips[-1] * kept / 0.6]).softmax(1) / 3
+    uncertainty = -(mean * mean.log()).sum(1)
+    threshold = (0.6 + 0.4 * math.exp(-5 * 0.25)) * math.log(2)
+    sure = uncertainty < threshold
+    assert 0.02 < sure.float().mean() < 0.98  # both kinds are there
+    difference = (student(batch.unlabeled).softmax(1) - target) ** 2
+    expected = {
+        "supervised": dice_and_cross_entropy(student(batch.image), batch.target),
+        "consistency": 0.7 * (difference.sum(1) * sure).sum() / (2 * sure.sum()),
+    }
+    assert_terms(groups, expected)
+
+
+def test_dropout_makes_the_passes_of_uamt_differ(tiny_dataset):
+    trainer = started(nnUNetTrainerUAMT, tiny_dataset, noise=0.0)
+    image = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert not torch.equal(trainer.stochastic_pass(image), trainer.stochastic_pass(image))
+        trainer.dropout = 0.0
+        assert torch.equal(trainer.stochastic_pass(image), trainer.stochastic_pass(image))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_cps(tiny_dataset, size):
+    trainer = started(nnUNetTrainerCPS, tiny_dataset, cross_weight=0.7)
+    batch = random_batch(size)
+    groups = list(trainer.losses(batch))
+    first, second = trainer.network, trainer.companions.student_2
+    labels = [network(batch.unlabeled).argmax(1, keepdim=True) for network in (first, second)]
+    assert not torch.equal(*labels)
+    expected = {
+        "supervised": dice_and_cross_entropy(first(batch.image), batch.target),
+        "cross": 0.7 * cross_entropy(first(batch.unlabeled), labels[1]),
+        "supervised_2": dice_and_cross_entropy(second(batch.image), batch.target),
+        "cross_2": 0.7 * cross_entropy(second(batch.unlabeled), labels[0]),
+    }
+    assert_terms(groups, expected)
+
+
+def test_each_student_of_cps_learns_from_its_own_terms_only(tiny_dataset):
+    trainer = started(nnUNetTrainerCPS, tiny_dataset)
+    networks = (trainer.network, trainer.companions.student_2)
+    for number, group in enumerate(trainer.losses(random_batch(2))):
+        for network in networks:
+            network.zero_grad()
+        sum(group.values()).backward()
+        trained = [any(p.grad is not None and p.grad.abs().sum() > 0 for p in n.parameters()) for n in networks]
+        assert trained == [number < 2, number >= 2]
+
+
+def test_the_students_of_cps_start_from_independent_weights(tiny_dataset):
+    seed()
+    trainer = nnUNetTrainerCPS
+    made = started(trainer, tiny_dataset)
+    first, second = (torch.cat([c.weight.detach().flatten() for c in convolutions(n)]) for n in made.students())
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.05
+
+
+def convolutions(network):
+    return [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)]
+
+
+@pytest.mark.parametrize("trainer", RAMPED)
+def test_the_unlabeled_weight_follows_the_ramp_and_the_supervised_one_does_not(tiny_dataset, trainer):
+    made = started(trainer, tiny_dataset, rampup=0.5, num_epochs=10, num_iterations_per_epoch=10, noise=0.0)
+    if trainer is nnUNetTrainerUAMT:
+        made.initial_threshold = 1.0  # every voxel counts at every step
+    batch = random_batch(2)
+    terms = {}
+    for step in (0, 25, 50, 100):
+        made.step = step
+        seed(5)
+        terms[step] = {name: value.item() for group in made.losses(batch) for name, value in group.items()}
+    for name, full in terms[100].items():
+        ramped = not name.startswith("supervised")
+        for step, part in ((0, math.exp(-5)), (25, math.exp(-5 / 4)), (50, 1)):
+            assert terms[step][name] == pytest.approx(full * (part if ramped else 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_bcp_mixes_labeled_and_unlabeled_scans(tiny_dataset, size):
+    trainer = started(nnUNetTrainerBCP, tiny_dataset, pseudo_weight=0.3, box_side=0.6)
+    batch = random_batch(size)
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    half = (size + 1) // 2
+    mask = box_mask(half, (16, 16, 16), side=0.6)
+    student, teacher = trainer.network, trainer.companions.teacher
+    pseudo = teacher(batch.unlabeled_weak).argmax(1, keepdim=True)
+    samples = [(i, mask[i]) for i in range(half)] + [(size - half + i, ~mask[i]) for i in range(half)]
+    image = torch.stack([batch.image[i] * m + batch.unlabeled[i] * ~m for i, m in samples])
+    target = torch.stack([batch.target[i] * m + pseudo[i] * ~m for i, m in samples])
+    keep = torch.stack([m for _, m in samples])
+    logits = student(image)
+    expected = {
+        "labeled": dice_and_cross_entropy(logits, target, keep),
+        "pseudo": 0.3 * dice_and_cross_entropy(logits, target, ~keep),
+    }
+    assert_terms(groups, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_bcp_begins_with_copy_paste_between_labeled_scans(tiny_dataset, size):
+    trainer = started(nnUNetTrainerBCP, tiny_dataset, pretraining=0.5, num_epochs=2, num_iterations_per_epoch=4)
+    batch = random_batch(size)
+    batch.unlabeled.requires_grad_()
+    for step, pretraining in ((0, True), (3, True), (4, False), (7, False)):
+        trainer.step = step
+        seed(5)
+        (terms,) = trainer.losses(batch)
+        gradient = torch.autograd.grad(sum(terms.values()), batch.unlabeled, allow_unused=True)[0]
+        if not pretraining:
+            assert gradient.abs().sum() > 0
+            continue
+        assert gradient is None
+        seed(5)
+        mask = box_mask(size, (16, 16, 16), side=2 / 3)
+        others = [(i - size // 2) % size for i in range(size)]
+        image = batch.image * mask + batch.image[others] * ~mask
+        target = batch.target * mask + batch.target[others] * ~mask
+        assert_terms([terms], {"labeled": dice_and_cross_entropy(trainer.network(image), target), "pseudo": 0.0})
+
+
+def test_bcp_cleans_pseudo_labels_where_asked_to(tiny_dataset, monkeypatch):
+    trainer = started(nnUNetTrainerBCP, tiny_dataset, largest_component=True)
+    calls = []
+    module = type(trainer).losses.__globals__
+    original = module["keep_largest_component"]
+    monkeypatch.setitem(module, "keep_largest_component", lambda labels: calls.append(labels) or original(labels))
+    list(trainer.losses(random_batch(2)))
+    assert [labels.shape for labels in calls] == [(2, 1, 16, 16, 16)]
