@@ -1,6 +1,6 @@
 """Cost of a training step of our trainers against nnUNetTrainer's on the same plans: paired time ratio, peak memory.
 
-    python benchmarks/step_time.py -d 501 -c la_quick -tr nnUNetTrainerM3HL nnUNetTrainerM3 [--repeats 20]
+    python benchmarks/step_time.py -d 501 -c la_quick [-tr nnUNetTrainerM3HL nnUNetTrainerM3] [--repeats 20]
 
 Time: both trainers live in one process and take turns, block by block, on batches that are in memory already; the
 ratio of every pair of blocks is taken, so that a machine whose speed drifts does not disturb it. Memory: each trainer
@@ -24,6 +24,17 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
 BLOCK = 4  # steps between two turns
+# Forward and backward passes of a planned batch that a method's equations need; nnUNetTrainer's are 1 and 1. A backward
+# pass costs about two forward passes.
+PASSES = {
+    "nnUNetTrainerM3HL": (2, 1),
+    "nnUNetTrainerM3": (2, 1),
+    "nnUNetTrainerBCP": (2, 1),
+    "nnUNetTrainerMeanTeacher": (3, 2),
+    "nnUNetTrainerUAMT": (11, 2),
+    "nnUNetTrainerCPS": (4, 4),
+    "nnUNetTrainerCoLearning": (7, 6),
+}
 
 
 def find_trainer(name: str, args):
@@ -34,6 +45,7 @@ def prepared(name: str, args) -> tuple:
     trainer = find_trainer(name, args)
     trainer.on_train_start()
     trainer.network.train()
+    trainer.step = trainer.num_epochs * trainer.num_iterations_per_epoch  # pretraining and ramp-ups are over
     return trainer, [next(trainer.dataloader_train) for _ in range(BLOCK)]
 
 
@@ -81,7 +93,7 @@ def main() -> None:
     parser.add_argument("-d", dest="dataset", default="501")
     parser.add_argument("-c", dest="configuration", default="la_quick")
     parser.add_argument("-f", dest="fold", type=int, default=0)
-    parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainerM3HL", "nnUNetTrainerM3"])
+    parser.add_argument("-tr", dest="trainers", nargs="+", default=[*PASSES])
     parser.add_argument("-device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20, help=f"pairs of blocks of {BLOCK} steps")
@@ -91,8 +103,9 @@ def main() -> None:
     stock, stock_batches = prepared("nnUNetTrainer", args)
     stock_memory = memory("nnUNetTrainer", args)
     lines = [
-        "| trainer | step / stock: median (min to max) | stock step | peak memory / stock |",
-        "|---|---|---|---|",
+        "| trainer | forward + backward passes | by their count | step / stock: median (min to max) | above "
+        "| stock step | peak memory / stock |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in args.trainers:
         trainer, batches = prepared(name, args)
@@ -100,10 +113,15 @@ def main() -> None:
         pairs = [(seconds(trainer, batches), seconds(stock, stock_batches)) for _ in range(args.repeats)]
         ratios = sorted(ours / theirs for ours, theirs in pairs)
         stock_seconds = statistics.median(theirs for _, theirs in pairs)
+        forward, backward = PASSES[name]
+        count, ratio = (forward + 2 * backward) / 3, statistics.median(ratios)
         lines.append(
-            f"| {name} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
-            f"| {1000 * stock_seconds:.0f} ms | {memory(name, args) / stock_memory:.2f} ({stock_memory:.0f} MiB) |"
+            f"| {name} | {forward} + {backward} | {count:.2f} | {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
+            f"| {100 * (ratio / count - 1):+.0f} % | {1000 * stock_seconds:.0f} ms "
+            f"| {memory(name, args) / stock_memory:.2f} ({stock_memory:.0f} MiB) |"
         )
+        print(lines[-1], flush=True)
+        del trainer, batches
     table = "\n".join(lines)
     print(table)
     results = Path(__file__).parent / "results"

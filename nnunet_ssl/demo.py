@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -60,35 +61,35 @@ def demo(output: Path) -> None:
         FileExistsError: `output` holds something else, or the demo of another version.
         SystemExit: a command failed; the message has the end of its log.
     """
+    sys.stdout.reconfigure(line_buffering=True)  # also into a file, where people look how far it is
     output = Path(output).absolute()
     finished = claim(output)
     raw, plans = (output / f"nnUNet_{kind}" / DATASET for kind in ("raw", "preprocessed"))
-    print(f"{', '.join(f'{n} {kind}' for kind, n in CASES.items())} scans in {raw}", flush=True)
+    print(f"{', '.join(f'{n} {kind}' for kind, n in CASES.items())} scans in {raw}")
     write_dataset(raw)
 
     folders = {f"nnUNet_{kind}": str(output / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
     # compiling takes longer than the trainings, and so do worker processes that each import torch first
     settings = {**folders, "nnUNet_compile": "0", "nnUNet_def_n_proc": "1"}
-    print("\n".join(f"$ export {name}={shlex.quote(value)}" for name, value in settings.items()), flush=True)
+    print("\n".join(f"$ export {name}={shlex.quote(value)}" for name, value in settings.items()))
     environment = {k: v for k, v in os.environ.items() if k != "nnUNet_n_proc_DA"} | settings  # planning fails with 0
 
-    todo = commands(output, device())
-    with tqdm(todo, unit="command", disable=None) as bar:  # None: no bar in files and pipes
-        for command in bar:
-            bar.set_description(command.name)
-            log = output / "logs" / f"{command.name}.log"
-            tqdm.write(f"$ {command}")
-            if str(command) in finished:
-                tqdm.write("  finished before")
-                continue
-            tqdm.write(f"  log: {log}")
-            seconds = run(command, log, environment, bar.refresh)
-            tqdm.write(f"  {seconds:.0f} s")
-            if command.name == "plan":
+    stages = commands(output, device())
+    with tqdm(total=sum(map(len, stages)), unit="command", disable=None) as bar:  # None: no bar in files and pipes
+        for stage in stages:
+            bar.set_description(" and ".join(command.name for command in stage))
+            for command in stage:
+                tqdm.write(f"$ {command}" + "\n  finished before" * (str(command) in finished))
+            todo = [command for command in stage if str(command) not in finished]
+            if todo:
+                seconds = run(todo, output / "logs", environment, bar.refresh)
+                tqdm.write(f"  {seconds:.0f} s, log: {' '.join(str(log_file(output / 'logs', c)) for c in todo)}")
+            if stage[0].name == "plan":
                 add_configuration(plans / "nnUNetPlans.json")
                 tqdm.write(f"Added the small configuration {CONFIGURATION} to {plans / 'nnUNetPlans.json'}")
-            finished.append(str(command))
+            finished += [str(command) for command in todo]
             write_marker(output, finished)
+            bar.update(len(stage))
 
     print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
     print(
@@ -138,73 +139,85 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def commands(output: Path, device: str) -> list[Command]:
-    """What a user types, in order: stock nnU-Net but for the preprocessing of the unlabeled scans."""
+def commands(output: Path, device: str) -> list[list[Command]]:
+    """What a user types, in order: stock nnU-Net but for the preprocessing of the unlabeled scans.
+
+    The commands of one list run at the same time: the same one with either trainer.
+    """
     number = DATASET[7:10]
     raw = output / "nnUNet_raw" / DATASET
-    steps = [
-        # the demo's configuration inherits the data of 3d_fullres, so this is all that has to be preprocessed
-        Command("plan", "nnUNetv2_plan_and_preprocess", ("-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1")),
-        Command("unlabeled", "nnunet-ssl", ("preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1")),
-    ]
+    # the demo's configuration inherits the data of 3d_fullres, so this is all that has to be preprocessed
+    plan = Command("plan", "nnUNetv2_plan_and_preprocess", ("-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1"))
+    unlabeled = Command("unlabeled", "nnunet-ssl", ("preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1"))
+    # nnU-Net takes every core of a CPU for each of the two; worker processes would compete with the training
+    share = {"OMP_THREAD_LIMIT": str(max(1, (os.cpu_count() or 1) // 2))} if device == "cpu" else {}
+    no_workers = {"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}
+    trainings, predictions, evaluations = [], [], []
     for trainer in TRAINERS:
         # Fold "all" trains on every labeled case. nnU-Net then validates on the same cases, which is no measurement;
         # but nothing is chosen by it: the final checkpoint predicts, and the Dice comes from the test scans.
         model = ("-tr", trainer, "-device", device)
         prediction = str(output / "predictions" / trainer)
-        no_workers = {"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}  # they would compete with the training
+        train = (number, CONFIGURATION, "all", *model)
+        predict = ("-d", number, "-c", CONFIGURATION, "-f", "all", *model)
         data = ("-i", str(raw / "imagesTs"), "-o", prediction, "-npp", "0", "-nps", "0")
-        steps += [
-            Command(f"train_{trainer}", "nnUNetv2_train", (number, CONFIGURATION, "all", *model), no_workers),
-            Command(
-                f"predict_{trainer}",
-                "nnUNetv2_predict",
-                ("-d", number, "-c", CONFIGURATION, "-f", "all", *model, *data),
-            ),
-            Command(
-                f"evaluate_{trainer}",
-                "nnUNetv2_evaluate_simple",
-                (str(raw / "labelsTs"), prediction, "-l", "1", "-np", "1"),
-            ),
-        ]
-    return steps
+        evaluate = (str(raw / "labelsTs"), prediction, "-l", "1", "-np", "1")
+        trainings.append(Command(f"train_{trainer}", "nnUNetv2_train", train, share | no_workers))
+        predictions.append(Command(f"predict_{trainer}", "nnUNetv2_predict", (*predict, *data), share))
+        evaluations.append(Command(f"evaluate_{trainer}", "nnUNetv2_evaluate_simple", evaluate))
+    return [[plan], [unlabeled], trainings, predictions, evaluations]
 
 
-def run(command: Command, log: Path, environment: dict[str, str], tick: Callable[[], object]) -> float:
-    """Runs a command with its output in a log file, calls `tick` while it runs, returns its seconds.
+def log_file(logs: Path, command: Command) -> Path:
+    return logs / f"{command.name}.log"
 
-    Raises: SystemExit with the end of the log where the command fails, or with advice where there is no such program.
+
+def run(commands: Sequence[Command], logs: Path, environment: dict[str, str], tick: Callable[[], object]) -> float:
+    """Runs commands at the same time, output in log files, calls `tick` while they run, returns the seconds.
+
+    Raises: SystemExit with the end of the log of the first command that fails, which ends the others, or with advice
+    where there is no such program.
     """
+    programs = [find_program(command) for command in commands]
+    logs.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        processes = []
+        for program, command in zip(programs, commands, strict=True):
+            process = subprocess.Popen(
+                [program, *command.arguments],
+                env=environment | command.settings,
+                stdin=subprocess.DEVNULL,
+                stdout=stack.enter_context(log_file(logs, command).open("wb")),
+                stderr=subprocess.STDOUT,
+            )
+            # for when this process is interrupted or another one fails; harmless after the end
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            tick()
+            time.sleep(0.5)
+    for command, code in zip(commands, codes, strict=True):
+        if code:
+            log = log_file(logs, command)
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+            raise SystemExit(
+                f"{command.program} failed with exit code {code}. The end of its log:\n\n{end}\n\n"
+                f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
+            )
+    return time.monotonic() - begin
+
+
+def find_program(command: Command) -> str:
+    """Path of a console command's program; raises SystemExit with advice where there is none."""
     scripts = str(Path(sys.executable).parent)  # a virtual environment need not be on PATH
     program = shutil.which(command.program, path=scripts) or shutil.which(command.program)
     if program is None:
         raise SystemExit(
             f"{command.program} is neither in {scripts} nor on PATH. Fix: {sys.executable} -m pip install nnunet-ssl"
         )
-    log.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [program, *command.arguments],
-            env=environment | command.settings,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            while process.poll() is None:
-                tick()
-                time.sleep(0.5)
-        finally:
-            process.kill()  # for when this process is interrupted; harmless after the end
-            process.wait()
-    if process.returncode != 0:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-        raise SystemExit(
-            f"{command.program} failed with exit code {process.returncode}. The end of its log:\n\n{end}\n\n"
-            f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
-        )
-    return time.monotonic() - begin
+    return program
 
 
 def dice(summary: Path) -> list[float]:
@@ -220,7 +233,7 @@ def table(scores: dict[str, list[float]]) -> str:
         "|---|---|---|---|---|",
     ]
     for trainer, values in scores.items():
-        unlabeled = 0 if trainer.startswith("nnUNetTrainer_") else CASES["unlabeled"]
+        unlabeled = 0 if trainer == TRAINERS[0] else CASES["unlabeled"]
         figures = f"{statistics.mean(values):.1f} | {min(values):.1f}"
         lines.append(f"| {trainer} | {CASES['labeled']} | {unlabeled} | {figures} |")
     return "\n".join(lines)

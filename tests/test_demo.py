@@ -1,6 +1,7 @@
 """The demo's scans, folders and commands; the trainings themselves are left to `nnunet-ssl demo`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -192,32 +193,51 @@ def test_the_demo_of_another_version_is_refused(tmp_path):
 # ---- commands ----
 
 
-def test_both_trainers_run_the_same_commands_for_the_same_number_of_epochs(tmp_path):
-    steps = demo.commands(tmp_path, "cpu")
-    assert [step.program for step in steps] == [
-        "nnUNetv2_plan_and_preprocess",
-        "nnunet-ssl",
-        *["nnUNetv2_train", "nnUNetv2_predict", "nnUNetv2_evaluate_simple"] * 2,
+def test_both_trainers_run_the_same_commands_for_the_same_number_of_epochs_at_the_same_time(tmp_path):
+    stages = demo.commands(tmp_path, "cpu")
+    assert [[command.program for command in stage] for stage in stages] == [
+        ["nnUNetv2_plan_and_preprocess"],
+        ["nnunet-ssl"],
+        ["nnUNetv2_train"] * 2,
+        ["nnUNetv2_predict"] * 2,
+        ["nnUNetv2_evaluate_simple"] * 2,
     ]
     assert len({trainer.rpartition("_")[2] for trainer in demo.TRAINERS}) == 1
-    supervised, ours = (
-        [str(step).replace(trainer, "X") for step in steps if trainer in step.name] for trainer in demo.TRAINERS
+    for stage in stages[2:]:
+        first, second = (str(command).replace(t, "X") for command, t in zip(stage, demo.TRAINERS, strict=True))
+        assert first == second
+        assert "X" in first
+
+
+def test_trainings_share_the_cores_and_have_no_workers_on_the_cpu_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    cpu = {"train": {"OMP_THREAD_LIMIT": "3", "nnUNet_n_proc_DA": "0"}, "predict": {"OMP_THREAD_LIMIT": "3"}}
+    for device, expected in (("cpu", cpu), ("cuda", {})):
+        commands = [command for stage in demo.commands(tmp_path, device) for command in stage]
+        assert {c.name.partition("_")[0]: c.settings for c in commands if c.settings} == expected
+        assert all(f"-device {device}" in str(c) for c in commands if c.name.startswith(("train", "predict")))
+
+
+def test_the_thread_limit_wins_over_the_number_that_nnunet_sets():
+    code = (
+        "import torch, threading, os; torch.set_num_threads(4); x = torch.rand(2000, 2000); (x @ x).sum(); x.exp();"
+        "print(len(os.listdir('/proc/self/task')))"
     )
-    assert supervised == ours
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("counts threads in /proc")
 
+    def threads(**settings):
+        environment = {**os.environ, **settings}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        return int(result.stdout)
 
-def test_the_training_has_no_workers_on_the_cpu_only_and_planning_always_has_some(tmp_path):
-    for device, expected in (("cpu", {"train": "0"}), ("cuda", {})):
-        steps = demo.commands(tmp_path, device)
-        found = {step.name.partition("_")[0]: step.settings["nnUNet_n_proc_DA"] for step in steps if step.settings}
-        assert found == expected
-        assert all(f"-device {device}" in str(step) for step in steps if step.name.startswith(("train", "predict")))
+    assert threads(OMP_THREAD_LIMIT="1") < threads(OMP_THREAD_LIMIT="4")
 
 
 def test_output_goes_to_the_log_and_settings_to_the_environment(tmp_path):
     code = "import os, sys; print(os.environ['A'], os.environ['B']); print('error', file=sys.stderr)"
     ticks = []
-    demo.run(python("show", code, B="2"), tmp_path / "logs" / "show.log", {"A": "1", "B": "1"}, lambda: ticks.append(1))
+    demo.run([python("show", code, B="2")], tmp_path / "logs", {"A": "1", "B": "1"}, lambda: ticks.append(1))
     assert sorted((tmp_path / "logs" / "show.log").read_text().split()) == ["1", "2", "error"]
     assert ticks
 
@@ -225,7 +245,7 @@ def test_output_goes_to_the_log_and_settings_to_the_environment(tmp_path):
 def test_a_failing_command_ends_in_a_message_with_the_end_of_its_log(tmp_path):
     command = python("broken", "for i in range(100): print('line', i)\nraise SystemExit(3)")
     with pytest.raises(SystemExit) as failure:
-        demo.run(command, tmp_path / "broken.log", {}, lambda: None)
+        demo.run([command], tmp_path, {}, lambda: None)
     message = str(failure.value)
     assert "exit code 3" in message
     assert "line 99" in message
@@ -235,7 +255,17 @@ def test_a_failing_command_ends_in_a_message_with_the_end_of_its_log(tmp_path):
 
 def test_a_program_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(SystemExit, match="nnUNetv2_missing is neither in"):
-        demo.run(demo.Command("x", "nnUNetv2_missing", ()), tmp_path / "x.log", {}, lambda: None)
+        demo.run([demo.Command("x", "nnUNetv2_missing", ())], tmp_path, {}, lambda: None)
+
+
+def test_commands_run_at_the_same_time_and_a_failure_ends_the_other(tmp_path):
+    flag = str(tmp_path / "flag")
+    wait = f"import os, time\nwhile not os.path.exists({flag!r}): time.sleep(0.01)"
+    seconds = demo.run([python("waits", wait), python("writes", f"open({flag!r}, 'w')")], tmp_path, {}, lambda: None)
+    assert 0 < seconds < 30
+    commands = [python("long", "import time; time.sleep(60)"), python("broken", "raise SystemExit(4)")]
+    with pytest.raises(SystemExit, match="exit code 4"):
+        demo.run(commands, tmp_path, {}, lambda: None)
 
 
 def test_an_interrupted_command_does_not_run_on(tmp_path, monkeypatch):
@@ -248,14 +278,14 @@ def test_an_interrupted_command_does_not_run_on(tmp_path, monkeypatch):
         subprocess, "Popen", lambda *args, **kwargs: started.append(original(*args, **kwargs)) or started[-1]
     )
     with pytest.raises(KeyboardInterrupt):
-        demo.run(python("long", "import time; time.sleep(60)"), tmp_path / "long.log", {}, interrupt)
+        demo.run([python("long", "import time; time.sleep(60)")], tmp_path, {}, interrupt)
     assert started[0].returncode not in (None, 0)
 
 
 def test_a_demo_that_failed_goes_on_behind_the_last_finished_command(tmp_path, monkeypatch, capsys):
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
     summary = {"metric_per_case": [{"metrics": {"1": {"Dice": value}}} for value in (0.5, 0.9)]}
-    steps = [python("plan", count), python("broken", "raise SystemExit(1)")]
+    steps = [[python("plan", count)], [python("broken", "raise SystemExit(1)")]]
     monkeypatch.setattr(demo, "commands", lambda output, device: steps)
     monkeypatch.setattr(demo, "write_dataset", lambda folder: None)
     monkeypatch.setattr(demo, "add_configuration", lambda file: None)
@@ -263,7 +293,7 @@ def test_a_demo_that_failed_goes_on_behind_the_last_finished_command(tmp_path, m
     with pytest.raises(SystemExit, match="exit code 1"):
         demo.demo(output)
 
-    steps[1] = python("mended", "")
+    steps[1] = [python("mended", "")]
     for trainer in demo.TRAINERS:
         (output / "predictions" / trainer).mkdir(parents=True)
         (output / "predictions" / trainer / "summary.json").write_text(json.dumps(summary))
@@ -271,6 +301,6 @@ def test_a_demo_that_failed_goes_on_behind_the_last_finished_command(tmp_path, m
     assert (tmp_path / "runs").read_text() == "x"
     printed = capsys.readouterr().out
     assert "finished before" in printed
-    assert "| nnUNetTrainer_5epochs | 4 | 0 | 70.0 | 50.0 |" in printed
-    assert "| nnUNetTrainerM3_5epochs | 4 | 16 | 70.0 | 50.0 |" in printed
+    assert f"| {demo.TRAINERS[0]} | 4 | 0 | 70.0 | 50.0 |" in printed
+    assert f"| {demo.TRAINERS[1]} | 4 | 16 | 70.0 | 50.0 |" in printed
     assert str(output / "predictions") in printed
