@@ -6,7 +6,7 @@
     python benchmarks/la.py -d 501 -f 3 -tr nnUNetTrainer                               # upper bound: all labels
     python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --set feature_pairs=matched
     nnunet-ssl pseudo-label -d 501 -c la_quick -f 0 -o 511 -device cpu                  # self-training
-    nnUNetv2_plan_and_preprocess -d 511 -c 3d_fullres -overwrite_target_spacing 2.5 2.5 2.5
+    nnUNetv2_extract_fingerprint -d 511 && nnUNetv2_preprocess -d 511 -c 3d_fullres
     python benchmarks/la.py -d 511 -f 0 -tr nnUNetTrainer
 
 Every trainer takes the same number of steps of the same size on the same plans. The final checkpoint is used, nothing

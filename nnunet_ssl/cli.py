@@ -60,6 +60,8 @@ def _preprocess(options) -> None:
 
 
 def _pseudo_label(options) -> None:
+    from nnunetv2.paths import nnUNet_preprocessed
+
     from nnunet_ssl.self_training import pseudo_label
 
     folder = pseudo_label(
@@ -74,11 +76,14 @@ def _pseudo_label(options) -> None:
         options.num_processes,
         not options.disable_tta,
     )
-    fold = "all" if options.fold == "all" else 0
+    splits = Path(nnUNet_preprocessed) / folder.name / "splits_final.json"
+    # without validation cases nnU-Net would draw some, those with predicted labels among them
+    fold = 0 if splits.is_file() else "all"
     print(
-        f"Wrote {folder}. Train on it:\n"
-        f"  nnUNetv2_plan_and_preprocess -d {options.output} -c {options.configuration}\n"
-        f"  nnUNetv2_train {options.output} {options.configuration} {fold}"
+        f"Wrote {folder}. Train on it, with the same plans:\n"
+        f"  nnUNetv2_extract_fingerprint -d {options.output}\n"
+        f"  nnUNetv2_preprocess -d {options.output} -plans_name {options.plans} -c {options.configuration}\n"
+        f"  nnUNetv2_train {options.output} {options.configuration} {fold} -p {options.plans}"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,9 @@ class Command(NamedTuple):
     arguments: tuple[str, ...]
     settings: dict[str, str] = {}
 
+    def __hash__(self):
+        return hash(self.name)
+
     def __str__(self):
         return shlex.join([*(f"{k}={v}" for k, v in self.settings.items()), self.program, *self.arguments])
 
@@ -81,14 +85,17 @@ def demo(output: Path) -> None:
             for command in stage:
                 tqdm.write(f"$ {command}" + "\n  finished before" * (str(command) in finished))
             todo = [command for command in stage if str(command) not in finished]
+
+            def note(command):
+                finished.append(str(command))
+                write_marker(output, finished)
+
             if todo:
-                seconds = run(todo, output / "logs", environment, bar.refresh)
+                seconds = run(todo, output / "logs", environment, bar.refresh, note)
                 tqdm.write(f"  {seconds:.0f} s, log: {' '.join(str(log_file(output / 'logs', c)) for c in todo)}")
             if stage[0].name == "plan":
                 add_configuration(plans / "nnUNetPlans.json")
                 tqdm.write(f"Added the small configuration {CONFIGURATION} to {plans / 'nnUNetPlans.json'}")
-            finished += [str(command) for command in todo]
-            write_marker(output, finished)
             bar.update(len(stage))
 
     print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
@@ -149,8 +156,9 @@ def commands(output: Path, device: str) -> list[list[Command]]:
     # the demo's configuration inherits the data of 3d_fullres, so this is all that has to be preprocessed
     plan = Command("plan", "nnUNetv2_plan_and_preprocess", ("-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1"))
     unlabeled = Command("unlabeled", "nnunet-ssl", ("preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1"))
-    # nnU-Net takes every core of a CPU for each of the two; worker processes would compete with the training
-    share = {"OMP_THREAD_LIMIT": str(max(1, (os.cpu_count() or 1) // 2))} if device == "cpu" else {}
+    # nnU-Net takes every core of a CPU for each of the two: threads that wait shall sleep. (A thread limit for OpenMP
+    # would be a trap: convolutions then wait for ever for threads that never come.) Worker processes would compete too.
+    share = {"OMP_WAIT_POLICY": "PASSIVE"} if device == "cpu" else {}
     no_workers = {"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}
     trainings, predictions, evaluations = [], [], []
     for trainer in TRAINERS:
@@ -172,8 +180,16 @@ def log_file(logs: Path, command: Command) -> Path:
     return logs / f"{command.name}.log"
 
 
-def run(commands: Sequence[Command], logs: Path, environment: dict[str, str], tick: Callable[[], object]) -> float:
-    """Runs commands at the same time, output in log files, calls `tick` while they run, returns the seconds.
+def run(
+    commands: Sequence[Command],
+    logs: Path,
+    environment: dict[str, str],
+    tick: Callable[[], object],
+    done: Callable[[Command], object],
+) -> float:
+    """Runs commands at the same time, output in log files; returns the seconds.
+
+    Calls `tick` while they run and `done` with each command that has succeeded, as soon as it has.
 
     Raises: SystemExit with the end of the log of the first command that fails, which ends the others, or with advice
     where there is no such program.
@@ -192,12 +208,17 @@ def run(commands: Sequence[Command], logs: Path, environment: dict[str, str], ti
                 stderr=subprocess.STDOUT,
             )
             # for when this process is interrupted or another one fails; harmless after the end
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+            stack.callback(stop, process)
             processes.append(process)
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        running = dict(zip(commands, processes, strict=True))
+        while running and not any(process.poll() for process in processes):
+            for command, process in list(running.items()):
+                if process.poll() == 0:
+                    done(command)
+                    del running[command]
             tick()
             time.sleep(0.5)
+        codes = [process.poll() for process in processes]
     for command, code in zip(commands, codes, strict=True):
         if code:
             log = log_file(logs, command)
@@ -207,6 +228,17 @@ def run(commands: Sequence[Command], logs: Path, environment: dict[str, str], ti
                 f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
             )
     return time.monotonic() - begin
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process, softly first so that it can end its workers; nothing happens to one that has ended."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def find_program(command: Command) -> str:

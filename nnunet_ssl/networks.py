@@ -144,8 +144,9 @@ class InterpolationConv(nn.Module):
             nn.ConvTranspose3d: (nn.Conv3d, "trilinear"),
         }[type(transposed)]
         self.scale = tuple(float(stride) for stride in transposed.stride)
+        where = {"device": transposed.weight.device, "dtype": transposed.weight.dtype}
         bias = transposed.bias is not None
-        self.conv = conv(transposed.in_channels, transposed.out_channels, 3, padding=1, bias=bias)
+        self.conv = conv(transposed.in_channels, transposed.out_channels, 3, padding=1, bias=bias, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, *spatial) to (B, out, *spatial times stride)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from nnunetv2 import paths
+from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -44,9 +45,9 @@ def pseudo_label(
 
     This is what nnU-Net's maintainers recommend where most scans have no labels, and so the baseline of every
     semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
-    new folder. Its entry "pseudo_labels" says which cases a model has labeled, and which model. A split with the
-    source fold's validation cases, whose labels are true, is written to nnUNet_preprocessed. Nothing of the new
-    dataset exists until all scans are labeled.
+    new folder. Its entry "pseudo_labels" says which cases a model has labeled, and which model. The plans of the source
+    dataset and a split with the source fold's validation cases, whose labels are true, go to nnUNet_preprocessed.
+    Nothing of the new dataset exists until all scans are labeled.
 
     Args:
         dataset: id or name of the source dataset.
@@ -74,6 +75,8 @@ def pseudo_label(
     plans = load_plans(preprocessed, plans_identifier, [configuration])
     if plans.get_configuration(configuration).previous_stage_name is not None:
         raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
+    if not 0 < output_id < 1000:
+        raise ValueError(f"The id of a dataset has three digits: -o 1 to 999, not {output_id}.")
     taken = list(find_candidate_datasets(output_id))
     if taken:
         raise FileExistsError(f"Dataset {output_id} exists already: {', '.join(sorted(taken))}. Choose another -o.")
@@ -86,7 +89,9 @@ def pseudo_label(
     dataset_json = json.loads((raw / "dataset.json").read_text())
     cases = get_filenames_of_train_images_and_targets(str(raw))
     labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
-    check_scans(scans, dataset_json, plans.image_reader_writer_class, num_processes)
+    num_processes = max(1, num_processes)
+    own = {case: files for case, files in scans.items() if case not in cases}
+    check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
 
     folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
     # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
@@ -127,6 +132,10 @@ def pseudo_label(
         splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}]
         save_splits(Path(paths.nnUNet_preprocessed) / folder.name / "splits_final.json", splits)
     os.replace(unfinished, folder)
+    # the model that is trained on it shall differ in its labels only: the same plans
+    (Path(paths.nnUNet_preprocessed) / folder.name).mkdir(exist_ok=True)
+    shutil.copy2(folder / "dataset.json", Path(paths.nnUNet_preprocessed) / folder.name)
+    move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)
     return folder
 
 
@@ -151,6 +160,9 @@ def sort_cases(
     missing = sorted({case for key in ("train", "val", "unlabeled") for case in entry.get(key, [])} - cases.keys())
     if missing:
         raise ValueError(f"{len(missing)} cases of fold {fold} in {splits} are not in {raw}: {', '.join(missing[:5])}.")
+    twice = sorted(set(entry.get("unlabeled", [])) & {*entry["train"], *entry["val"]})
+    if twice:
+        raise ValueError(f"{splits}: cases of fold {fold} are unlabeled and labeled at once: {', '.join(twice[:5])}.")
     scans = {case: cases[case]["images"] for case in entry.get("unlabeled", [])}
     own = find_scans(raw / "imagesUn", dataset_json["file_ending"])[0]
     taken = taken_names(raw, splits.parent, dataset_json, set())
@@ -169,7 +181,7 @@ def sort_cases(
 def check_scans(
     scans: dict[str, list[str]], dataset_json: dict, reader: type[BaseReaderWriter], num_processes: int
 ) -> None:
-    """Reads every scan; raises ValueError with one line per problem, before a model spends hours on the others."""
+    """Reads the scans of imagesUn, before a model spends hours on some; raises ValueError with a line per problem."""
     channels = list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
     jobs = {
         case: (case, [Path(file) for file in files], channels, dataset_json["file_ending"], reader)

@@ -1,7 +1,6 @@
 """The demo's scans, folders and commands; the trainings themselves are left to `nnunet-ssl demo`."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,10 @@ from nnunet_ssl import demo
 def cases():
     rng = np.random.default_rng(1)
     return [demo.make_case(rng, **demo.ONE_SCANNER) for _ in range(5)]
+
+
+def ignore(command):
+    pass
 
 
 def python(name: str, code: str, **settings: str) -> demo.Command:
@@ -141,7 +144,7 @@ def test_writing_the_dataset_again_changes_nothing(tmp_path):
 def test_nnunet_plans_the_dataset_and_builds_the_small_network(monkeypatch):
     monkeypatch.setitem(demo.CASES, "unlabeled", 1)
     demo.write_dataset(Path(paths.nnUNet_raw) / demo.DATASET)
-    file = plan(int(demo.DATASET[7:10]), (), preprocess=False) / "nnUNetPlans.json"
+    file = plan(int(demo.DATASET[7:10]), (), preprocess_cases=False) / "nnUNetPlans.json"
     planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
     demo.add_configuration(file)
     demo.add_configuration(file)  # as a demo that goes on may do
@@ -209,35 +212,19 @@ def test_both_trainers_run_the_same_commands_for_the_same_number_of_epochs_at_th
         assert "X" in first
 
 
-def test_trainings_share_the_cores_and_have_no_workers_on_the_cpu_only(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
-    cpu = {"train": {"OMP_THREAD_LIMIT": "3", "nnUNet_n_proc_DA": "0"}, "predict": {"OMP_THREAD_LIMIT": "3"}}
+def test_trainings_share_the_cores_and_have_no_workers_on_the_cpu_only(tmp_path):
+    passive = {"OMP_WAIT_POLICY": "PASSIVE"}
+    cpu = {"train": {**passive, "nnUNet_n_proc_DA": "0"}, "predict": passive}
     for device, expected in (("cpu", cpu), ("cuda", {})):
         commands = [command for stage in demo.commands(tmp_path, device) for command in stage]
         assert {c.name.partition("_")[0]: c.settings for c in commands if c.settings} == expected
         assert all(f"-device {device}" in str(c) for c in commands if c.name.startswith(("train", "predict")))
 
 
-def test_the_thread_limit_wins_over_the_number_that_nnunet_sets():
-    code = (
-        "import torch, threading, os; torch.set_num_threads(4); x = torch.rand(2000, 2000); (x @ x).sum(); x.exp();"
-        "print(len(os.listdir('/proc/self/task')))"
-    )
-    if not Path("/proc/self/task").is_dir():
-        pytest.skip("counts threads in /proc")
-
-    def threads(**settings):
-        environment = {**os.environ, **settings}
-        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        return int(result.stdout)
-
-    assert threads(OMP_THREAD_LIMIT="1") < threads(OMP_THREAD_LIMIT="4")
-
-
 def test_output_goes_to_the_log_and_settings_to_the_environment(tmp_path):
     code = "import os, sys; print(os.environ['A'], os.environ['B']); print('error', file=sys.stderr)"
     ticks = []
-    demo.run([python("show", code, B="2")], tmp_path / "logs", {"A": "1", "B": "1"}, lambda: ticks.append(1))
+    demo.run([python("show", code, B="2")], tmp_path / "logs", {"A": "1", "B": "1"}, lambda: ticks.append(1), ignore)
     assert sorted((tmp_path / "logs" / "show.log").read_text().split()) == ["1", "2", "error"]
     assert ticks
 
@@ -245,7 +232,7 @@ def test_output_goes_to_the_log_and_settings_to_the_environment(tmp_path):
 def test_a_failing_command_ends_in_a_message_with_the_end_of_its_log(tmp_path):
     command = python("broken", "for i in range(100): print('line', i)\nraise SystemExit(3)")
     with pytest.raises(SystemExit) as failure:
-        demo.run([command], tmp_path, {}, lambda: None)
+        demo.run([command], tmp_path, {}, lambda: None, ignore)
     message = str(failure.value)
     assert "exit code 3" in message
     assert "line 99" in message
@@ -255,17 +242,28 @@ def test_a_failing_command_ends_in_a_message_with_the_end_of_its_log(tmp_path):
 
 def test_a_program_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(SystemExit, match="nnUNetv2_missing is neither in"):
-        demo.run([demo.Command("x", "nnUNetv2_missing", ())], tmp_path, {}, lambda: None)
+        demo.run([demo.Command("x", "nnUNetv2_missing", ())], tmp_path, {}, lambda: None, ignore)
 
 
-def test_commands_run_at_the_same_time_and_a_failure_ends_the_other(tmp_path):
+def test_commands_run_at_the_same_time(tmp_path):
     flag = str(tmp_path / "flag")
     wait = f"import os, time\nwhile not os.path.exists({flag!r}): time.sleep(0.01)"
-    seconds = demo.run([python("waits", wait), python("writes", f"open({flag!r}, 'w')")], tmp_path, {}, lambda: None)
+    seconds = demo.run(
+        [python("waits", wait), python("writes", f"open({flag!r}, 'w')")], tmp_path, {}, lambda: None, ignore
+    )
     assert 0 < seconds < 30
+
+
+def test_a_failure_ends_the_other_command_and_keeps_what_has_finished(tmp_path):
+    done = []
     commands = [python("long", "import time; time.sleep(60)"), python("broken", "raise SystemExit(4)")]
     with pytest.raises(SystemExit, match="exit code 4"):
-        demo.run(commands, tmp_path, {}, lambda: None)
+        demo.run(commands, tmp_path, {}, lambda: None, done.append)
+    assert done == []
+    late = python("broken", "import time; time.sleep(3); raise SystemExit(4)")
+    with pytest.raises(SystemExit, match="exit code 4"):
+        demo.run([python("short", ""), late], tmp_path, {}, lambda: None, done.append)
+    assert [command.name for command in done] == ["short"]
 
 
 def test_an_interrupted_command_does_not_run_on(tmp_path, monkeypatch):
@@ -278,7 +276,7 @@ def test_an_interrupted_command_does_not_run_on(tmp_path, monkeypatch):
         subprocess, "Popen", lambda *args, **kwargs: started.append(original(*args, **kwargs)) or started[-1]
     )
     with pytest.raises(KeyboardInterrupt):
-        demo.run([python("long", "import time; time.sleep(60)")], tmp_path, {}, interrupt)
+        demo.run([python("long", "import time; time.sleep(60)")], tmp_path, {}, interrupt, ignore)
     assert started[0].returncode not in (None, 0)
 
 

@@ -351,6 +351,11 @@ def test_interpolation_replaces_the_transposed_convolutions_and_nothing_else(kin
     assert all(c.conv.weight.grad.abs().sum() > 0 for c in copy.decoder.transpconvs)
 
 
+def test_the_new_convolutions_are_on_the_device_of_the_network():
+    copy = with_interpolation(network(dim=3).to("meta"))
+    assert {p.device.type for p in copy.parameters()} == {"meta"}
+
+
 def test_interpolation_follows_anisotropic_strides():
     transposed = nn.ConvTranspose3d(4, 3, (1, 2, 2), stride=(1, 2, 2))
     student = network(dim=3)

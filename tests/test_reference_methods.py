@@ -38,12 +38,16 @@ def test_mean_teacher(tiny_dataset, size):
     assert_terms(groups, expected)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_uamt(tiny_dataset, size):
+@pytest.mark.parametrize(("size", "classes"), [(1, 2), (2, 2), (2, 3)])
+def test_uamt(tiny_dataset, size, classes):
     settings = {"consistency_weight": 0.7, "noise": 0.3, "passes": 3, "initial_threshold": 0.6, "dropout": 0.4}
     trainer = started(nnUNetTrainerUAMT, tiny_dataset, **settings)
     trainer.step = trainer.max_steps // 2
     trainer.rampup = 0.0
+    for network in (trainer.network, trainer.companions.teacher):
+        head = network.decoder.seg_layers[-1]
+        network.decoder.seg_layers[-1] = torch.nn.Conv3d(head.in_channels, classes, 1)
+        torch.nn.init.normal_(network.decoder.seg_layers[-1].weight)  # neither sure everywhere nor nowhere
     batch = random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
@@ -57,13 +61,13 @@ def test_uamt(tiny_dataset, size):
         kept = torch.empty_like(skips[-1]).bernoulli_(0.6)
         mean = mean + teacher.decoder([*skips[:-1], skips[-1] * kept / 0.6]).softmax(1) / 3
     uncertainty = -(mean * mean.log()).sum(1)
-    threshold = (0.6 + 0.4 * math.exp(-5 * 0.25)) * math.log(2)
+    threshold = (0.6 + 0.4 * math.exp(-5 * 0.25)) * math.log(classes)
     sure = uncertainty < threshold
     assert 0.02 < sure.float().mean() < 0.98  # both kinds are there
     difference = (student(batch.unlabeled).softmax(1) - target) ** 2
     expected = {
-        "supervised": dice_and_cross_entropy(student(batch.image), batch.target),
-        "consistency": 0.7 * (difference.sum(1) * sure).sum() / (2 * sure.sum()),
+        "supervised": trainer.loss(student(batch.image), batch.target),
+        "consistency": 0.7 * (difference.sum(1) * sure).sum() / (classes * sure.sum()),
     }
     assert_terms(groups, expected)
 

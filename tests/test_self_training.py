@@ -12,7 +12,7 @@ from nnunetv2 import paths
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from tiny import plan, write_image
+from tiny import preprocess, write_image
 from training import make_trainer, seed
 
 from nnunet_ssl.cli import main
@@ -104,8 +104,12 @@ def test_the_dataset_says_which_labels_are_predicted_and_by_what(written):
     assert splits == [{"train": LABELED + UNLABELED, "val": VALIDATION}]
 
 
-def test_stock_nnunet_plans_preprocesses_and_trains_on_it(written):
-    folder = plan(711, ["3d_fullres"])
+def test_stock_nnunet_preprocesses_with_the_same_plans_and_trains_on_it(written, tiny_dataset):
+    folder = Path(paths.nnUNet_preprocessed) / written.name
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    original = json.loads((tiny_dataset / "nnUNetPlans.json").read_text())
+    assert plans == original | {"dataset_name": written.name}
+    preprocess(711, ["3d_fullres"])
     seed()
     trainer = make_trainer(nnUNetTrainer, folder)
     trainer.run_training()
@@ -138,6 +142,23 @@ def test_a_fold_that_is_missing_is_refused(model):
     (model / "fold_4" / "checkpoint_final.pth").touch()
     refused(ValueError, "no fold 4", fold=4)
     shutil.rmtree(model / "fold_4")
+
+
+@pytest.mark.parametrize("number", [0, 1000, -5])
+def test_an_id_that_nnunet_cannot_read_is_refused(tiny_dataset, number):
+    refused(ValueError, "three digits", output_id=number)
+
+
+def test_a_case_that_is_labeled_and_unlabeled_is_refused(model, tiny_dataset):
+    file = tiny_dataset / "splits_final.json"
+    before = file.read_text()
+    folds = json.loads(before)
+    folds[0]["unlabeled"].append(VALIDATION[0])
+    file.write_text(json.dumps(folds))
+    try:
+        refused(ValueError, "unlabeled and labeled at once: case_002")
+    finally:
+        file.write_text(before)
 
 
 def test_unsound_scans_are_named_before_any_is_labeled(model):

@@ -4,6 +4,7 @@ import json
 import multiprocessing.dummy
 import os
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -113,7 +114,7 @@ def plan(
     *,
     batch_size: int = 2,
     residual: bool = False,
-    preprocess: bool = True,
+    preprocess_cases: bool = True,
 ) -> Path:
     """Plan a raw dataset with nnU-Net, shrink the planned networks, preprocess the labeled cases.
 
@@ -121,19 +122,12 @@ def plan(
         configurations: those that are shrunk and preprocessed; they must be among the planned ones.
         patch_size: voxels per configuration; default 16 along every axis.
         residual: ResidualEncoderUNet in place of PlainConvUNet.
-        preprocess: False stops after the plans.
+        preprocess_cases: False stops after the plans.
 
     Returns:
         The folder `nnUNet_preprocessed/DatasetXXX_name`, with `nnUNetPlans.json` in it.
     """
-    # Threads in place of nnU-Net's spawned processes, each of which would import torch for seconds.
-    threads = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
-    with (
-        mock.patch("nnunetv2.utilities.utils.Pool", multiprocessing.dummy.Pool),
-        mock.patch.object(fingerprint_extractor, "multiprocessing", threads),
-        mock.patch.object(default_preprocessor, "multiprocessing", threads),
-        mock.patch.dict(os.environ, nnUNet_n_proc_DA="1"),  # 0 is good for training and crashes planning
-    ):
+    with in_threads():
         extract_fingerprint_dataset(
             dataset_id, SmallFingerprint, num_processes=1, verbose=False, show_progress_bar=False
         )
@@ -145,11 +139,33 @@ def plan(
             size = (patch_size or {}).get(name)
             shrink(plans["configurations"][name], patch_size=size, batch_size=batch_size, residual=residual)
         file.write_text(json.dumps(plans, indent=1))
-        if preprocess:
+        if preprocess_cases:
             preprocess_dataset(
                 dataset_id, configurations=list(configurations), num_processes=[1], show_progress_bar=False
             )
     return folder
+
+
+def preprocess(dataset_id: int, configurations: Sequence[str]) -> None:
+    """Fingerprint and preprocess a raw dataset whose plans are there already."""
+    with in_threads():
+        extract_fingerprint_dataset(
+            dataset_id, SmallFingerprint, num_processes=1, verbose=False, show_progress_bar=False
+        )
+        preprocess_dataset(dataset_id, configurations=list(configurations), num_processes=[1], show_progress_bar=False)
+
+
+@contextmanager
+def in_threads():
+    """Threads in place of nnU-Net's spawned processes, each of which would import torch for seconds."""
+    threads = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
+    with (
+        mock.patch("nnunetv2.utilities.utils.Pool", multiprocessing.dummy.Pool),
+        mock.patch.object(fingerprint_extractor, "multiprocessing", threads),
+        mock.patch.object(default_preprocessor, "multiprocessing", threads),
+        mock.patch.dict(os.environ, nnUNet_n_proc_DA="1"),  # 0 is good for training and crashes planning
+    ):
+        yield
 
 
 def shrink(configuration: dict, *, patch_size: Sequence[int] | None, batch_size: int, residual: bool) -> None:

@@ -2,9 +2,10 @@
 
 Differs from the released code on purpose: a mask per sample (released: one per batch), the first phase is a part of the
 same training and hands over its last weights (released: the best on the test scans), the teacher is a moving average
-from the first step on and in eval mode, it sees a weak view (spatial augmentation only), and its labels are not reduced
-to their largest component by default, because that is wrong for classes with several parts and makes a GPU wait.
-The student is deployed, as in the paper.
+from the first step on and in eval mode, it sees a weak view (spatial augmentation only), the cross entropy is the mean
+over the labeled (pseudo-labeled) voxels of both mixes together (released: the mean of their means), and its labels are
+not reduced to their largest component by default, because that is wrong for classes with several parts and makes a GPU
+wait. The student is deployed, as in the paper.
 """
 
 import torch

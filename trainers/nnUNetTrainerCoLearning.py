@@ -5,8 +5,9 @@ Differs from the paper on purpose (it has no public code):
   voxel from the same scan.
 - The students start from the same weights: the mean of independently initialised networks predicts nothing. They differ
   by noise on their inputs and by the place of their box.
-- Hard pseudo labels for Eq. 4-9; Eq. 15-17 compare the softmax with labels, and with the teacher's softmax where the
-  voxel is unlabeled. The teacher sees the whole patch, in a weak view (spatial augmentation only).
+- Dice is nnU-Net's: without the background. Hard pseudo labels for Eq. 4-9; Eq. 15-17 compare the softmax with labels,
+  and with the teacher's softmax where the voxel is unlabeled. The teacher sees the whole patch, in a weak view (spatial
+  augmentation only).
 """
 
 import torch
@@ -54,7 +55,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             soft = self.teach(batch.unlabeled_weak)
             # one more forward pass of student 2 instead of two graphs in memory at the same time
             peer = hard_labels(logits(students[1], noisy[1]))
-        pseudo = soft.argmax(1, keepdim=True)
+        pseudo = soft.argmax(1, keepdim=True).to(torch.int16)
         truth = one_hot(batch.labels, soft.shape[1])
 
         for number, student in enumerate(students, start=1):
@@ -75,7 +76,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=number == 2)
             output = logits(student, add_noise(image, self.noise))
             yield {f"mix_{number}": ramp * self.mix_weight * probability_mse(output, target)}  # OUTDMIX, Eq. 15-17
-            del output
+            del output, image, target
 
     def teach(self, image):
         """Probabilities of the teacher, or of the two teachers weighted by alpha and beta, in fp32."""

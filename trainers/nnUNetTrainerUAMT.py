@@ -3,7 +3,8 @@
 Differs from the released code on purpose: the threshold starts at ln C for C classes (released: ln 2 always), the
 divisor is the number of voxels and classes, the teacher sees a weak view (spatial augmentation only) plus noise,
 dropout acts on the bottleneck of the teacher's stochastic passes only (nnU-Net plans no dropout), the ramp-up is a part
-of the training, and the weight is doubled because nnU-Net's Dice + cross entropy is twice that code's supervised loss.
+of the training (released: all of it), and the weight is doubled because nnU-Net's Dice + cross entropy is twice that
+code's supervised loss.
 """
 
 from math import log
@@ -41,6 +42,7 @@ class nnUNetTrainerUAMT(SemiSupervisedTrainer):
             mean = sum(self.stochastic_pass(batch.unlabeled_weak) for _ in range(self.passes)) / self.passes
             rise = (1 - self.initial_threshold) * sigmoid_rampup(self.step, self.max_steps)
             sure = entropy(mean) < (self.initial_threshold + rise) * log(mean.shape[1])
+            del mean
         weight = self.consistency_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
         yield {"consistency": weight * probability_mse(logits(self.network, batch.unlabeled), target, sure)}
 
