@@ -4,13 +4,11 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -49,9 +47,6 @@ class Command(NamedTuple):
     arguments: tuple[str, ...]
     settings: dict[str, str] = {}
 
-    def __hash__(self):
-        return hash(self.name)
-
     def __str__(self):
         return shlex.join([*(f"{k}={v}" for k, v in self.settings.items()), self.program, *self.arguments])
 
@@ -78,25 +73,23 @@ def demo(output: Path) -> None:
     print("\n".join(f"$ export {name}={shlex.quote(value)}" for name, value in settings.items()))
     environment = {k: v for k, v in os.environ.items() if k != "nnUNet_n_proc_DA"} | settings  # planning fails with 0
 
-    stages = commands(output, device())
-    with tqdm(total=sum(map(len, stages)), unit="command", disable=None) as bar:  # None: no bar in files and pipes
-        for stage in stages:
-            bar.set_description(" and ".join(command.name for command in stage))
-            for command in stage:
-                tqdm.write(f"$ {command}" + "\n  finished before" * (str(command) in finished))
-            todo = [command for command in stage if str(command) not in finished]
-
-            def note(command):
-                finished.append(str(command))
-                write_marker(output, finished)
-
-            if todo:
-                seconds = run(todo, output / "logs", environment, bar.refresh, note)
-                tqdm.write(f"  {seconds:.0f} s, log: {' '.join(str(log_file(output / 'logs', c)) for c in todo)}")
-            if stage[0].name == "plan":
+    todo = commands(output, device())
+    with tqdm(todo, unit="command", disable=None) as bar:  # None: no bar in files and pipes
+        for command in bar:
+            bar.set_description(command.name)
+            log = output / "logs" / f"{command.name}.log"
+            tqdm.write(f"$ {command}")
+            if str(command) in finished:
+                tqdm.write("  finished before")
+                continue
+            tqdm.write(f"  log: {log}")
+            seconds = run(command, log, environment, bar.refresh)
+            tqdm.write(f"  {seconds:.0f} s")
+            if command.name == "plan":
                 add_configuration(plans / "nnUNetPlans.json")
                 tqdm.write(f"Added the small configuration {CONFIGURATION} to {plans / 'nnUNetPlans.json'}")
-            bar.update(len(stage))
+            finished.append(str(command))
+            write_marker(output, finished)
 
     print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
     print(
@@ -146,110 +139,73 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def commands(output: Path, device: str) -> list[list[Command]]:
-    """What a user types, in order: stock nnU-Net but for the preprocessing of the unlabeled scans.
-
-    The commands of one list run at the same time: the same one with either trainer.
-    """
+def commands(output: Path, device: str) -> list[Command]:
+    """What a user types, in order: stock nnU-Net but for the preprocessing of the unlabeled scans."""
     number = DATASET[7:10]
     raw = output / "nnUNet_raw" / DATASET
-    # the demo's configuration inherits the data of 3d_fullres, so this is all that has to be preprocessed
-    plan = Command("plan", "nnUNetv2_plan_and_preprocess", ("-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1"))
-    unlabeled = Command("unlabeled", "nnunet-ssl", ("preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1"))
-    # nnU-Net takes every core of a CPU for each of the two: threads that wait shall sleep. (A thread limit for OpenMP
-    # would be a trap: convolutions then wait for ever for threads that never come.) Worker processes would compete too.
-    share = {"OMP_WAIT_POLICY": "PASSIVE"} if device == "cpu" else {}
-    no_workers = {"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}
-    trainings, predictions, evaluations = [], [], []
+    steps = [
+        # the demo's configuration inherits the data of 3d_fullres, so this is all that has to be preprocessed
+        Command("plan", "nnUNetv2_plan_and_preprocess", ("-d", number, "-c", "3d_fullres", "-npfp", "1", "-np", "1")),
+        Command("unlabeled", "nnunet-ssl", ("preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1")),
+    ]
     for trainer in TRAINERS:
         # Fold "all" trains on every labeled case. nnU-Net then validates on the same cases, which is no measurement;
         # but nothing is chosen by it: the final checkpoint predicts, and the Dice comes from the test scans.
         model = ("-tr", trainer, "-device", device)
         prediction = str(output / "predictions" / trainer)
-        train = (number, CONFIGURATION, "all", *model)
-        predict = ("-d", number, "-c", CONFIGURATION, "-f", "all", *model)
+        no_workers = {"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}  # they would compete with the training
         data = ("-i", str(raw / "imagesTs"), "-o", prediction, "-npp", "0", "-nps", "0")
-        evaluate = (str(raw / "labelsTs"), prediction, "-l", "1", "-np", "1")
-        trainings.append(Command(f"train_{trainer}", "nnUNetv2_train", train, share | no_workers))
-        predictions.append(Command(f"predict_{trainer}", "nnUNetv2_predict", (*predict, *data), share))
-        evaluations.append(Command(f"evaluate_{trainer}", "nnUNetv2_evaluate_simple", evaluate))
-    return [[plan], [unlabeled], trainings, predictions, evaluations]
+        steps += [
+            Command(f"train_{trainer}", "nnUNetv2_train", (number, CONFIGURATION, "all", *model), no_workers),
+            Command(
+                f"predict_{trainer}",
+                "nnUNetv2_predict",
+                ("-d", number, "-c", CONFIGURATION, "-f", "all", *model, *data),
+            ),
+            Command(
+                f"evaluate_{trainer}",
+                "nnUNetv2_evaluate_simple",
+                (str(raw / "labelsTs"), prediction, "-l", "1", "-np", "1"),
+            ),
+        ]
+    return steps
 
 
-def log_file(logs: Path, command: Command) -> Path:
-    return logs / f"{command.name}.log"
+def run(command: Command, log: Path, environment: dict[str, str], tick: Callable[[], object]) -> float:
+    """Runs a command with its output in a log file, calls `tick` while it runs, returns its seconds.
 
-
-def run(
-    commands: Sequence[Command],
-    logs: Path,
-    environment: dict[str, str],
-    tick: Callable[[], object],
-    done: Callable[[Command], object],
-) -> float:
-    """Runs commands at the same time, output in log files; returns the seconds.
-
-    Calls `tick` while they run and `done` with each command that has succeeded, as soon as it has.
-
-    Raises: SystemExit with the end of the log of the first command that fails, which ends the others, or with advice
-    where there is no such program.
+    Raises: SystemExit with the end of the log where the command fails, or with advice where there is no such program.
     """
-    programs = [find_program(command) for command in commands]
-    logs.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    with ExitStack() as stack:
-        processes = []
-        for program, command in zip(programs, commands, strict=True):
-            process = subprocess.Popen(
-                [program, *command.arguments],
-                env=environment | command.settings,
-                stdin=subprocess.DEVNULL,
-                stdout=stack.enter_context(log_file(logs, command).open("wb")),
-                stderr=subprocess.STDOUT,
-            )
-            # for when this process is interrupted or another one fails; harmless after the end
-            stack.callback(stop, process)
-            processes.append(process)
-        running = dict(zip(commands, processes, strict=True))
-        while running and not any(process.poll() for process in processes):
-            for command, process in list(running.items()):
-                if process.poll() == 0:
-                    done(command)
-                    del running[command]
-            tick()
-            time.sleep(0.5)
-        codes = [process.poll() for process in processes]
-    for command, code in zip(commands, codes, strict=True):
-        if code:
-            log = log_file(logs, command)
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-            raise SystemExit(
-                f"{command.program} failed with exit code {code}. The end of its log:\n\n{end}\n\n"
-                f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
-            )
-    return time.monotonic() - begin
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Ends a process, softly first so that it can end its workers; nothing happens to one that has ended."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def find_program(command: Command) -> str:
-    """Path of a console command's program; raises SystemExit with advice where there is none."""
     scripts = str(Path(sys.executable).parent)  # a virtual environment need not be on PATH
     program = shutil.which(command.program, path=scripts) or shutil.which(command.program)
     if program is None:
         raise SystemExit(
             f"{command.program} is neither in {scripts} nor on PATH. Fix: {sys.executable} -m pip install nnunet-ssl"
         )
-    return program
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [program, *command.arguments],
+            env=environment | command.settings,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                tick()
+                time.sleep(0.5)
+        finally:
+            process.kill()  # for when this process is interrupted; harmless after the end
+            process.wait()
+    if process.returncode != 0:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        raise SystemExit(
+            f"{command.program} failed with exit code {process.returncode}. The end of its log:\n\n{end}\n\n"
+            f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
+        )
+    return time.monotonic() - begin
 
 
 def dice(summary: Path) -> list[float]:
