@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.paths import nnUNet_raw, nnUNet_results
+from training import every_trainer
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.trainer import CHECKPOINT_KEY
@@ -93,14 +94,14 @@ def test_an_epoch_variant_is_found_by_nnunets_own_finder():
 def test_trainers_lists_every_trainer_with_a_line(capsys):
     assert main(["trainers"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(["nnUNetTrainerM3", "nnUNetTrainerM3HL"], reverse=True)
+    assert {line.split()[0] for line in lines} == {trainer.__name__ for trainer in every_trainer()}
     assert all(len(line.split()) > 3 for line in lines)
     assert main(["trainers", "--path"]) == 0
     assert capsys.readouterr().out.strip() in os.environ["nnUNet_extTrainer"].split(os.pathsep)
 
 
 def test_every_command_has_help(capsys):
-    for name in ("trainers", "convert", "split", "preprocess", "doctor", "demo"):
+    for name in ("trainers", "convert", "split", "preprocess", "pseudo-label", "doctor", "demo"):
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
         assert "usage: nnunet-ssl" in capsys.readouterr().out
