@@ -33,7 +33,7 @@ def model(tiny_dataset):
 
 @pytest.fixture(scope="module")
 def written(model):
-    """Dataset711_TinyPseudoLabels, by the command that a user types; its raw folder."""
+    """Dataset981_TinyPseudoLabels, by the command that a user types; its raw folder."""
     assert (
         main(
             [
@@ -45,7 +45,7 @@ def written(model):
                 "-f",
                 "0",
                 "-o",
-                "711",
+                "981",
                 "-device",
                 "cpu",
                 "-np",
@@ -55,7 +55,7 @@ def written(model):
         )
         == 0
     )
-    folder = Path(paths.nnUNet_raw) / "Dataset711_TinyPseudoLabels"
+    folder = Path(paths.nnUNet_raw) / "Dataset981_TinyPseudoLabels"
     yield folder
     for root in (paths.nnUNet_raw, paths.nnUNet_preprocessed):
         shutil.rmtree(Path(root) / folder.name)
@@ -109,7 +109,7 @@ def test_stock_nnunet_preprocesses_with_the_same_plans_and_trains_on_it(written,
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     original = json.loads((tiny_dataset / "nnUNetPlans.json").read_text())
     assert plans == original | {"dataset_name": written.name}
-    preprocess(711, ["3d_fullres"])
+    preprocess(981, ["3d_fullres"])
     seed()
     trainer = make_trainer(nnUNetTrainer, folder)
     trainer.run_training()
@@ -120,21 +120,21 @@ def test_stock_nnunet_preprocesses_with_the_same_plans_and_trains_on_it(written,
 
 def test_an_id_that_is_taken_is_refused(written):
     before = sorted(written.rglob("*"))
-    with pytest.raises(FileExistsError, match="Dataset711_TinyPseudoLabels"):
-        pseudo_label("701", "3d_fullres", 0, 711, device="cpu")
+    with pytest.raises(FileExistsError, match="Dataset981_TinyPseudoLabels"):
+        pseudo_label("701", "3d_fullres", 0, 981, device="cpu")
     assert sorted(written.rglob("*")) == before
 
 
 def refused(error, match, **arguments):
-    arguments = {"fold": 0, "output_id": 712, "device": "cpu", "num_processes": 1, **arguments}
+    arguments = {"fold": 0, "output_id": 982, "device": "cpu", "num_processes": 1, **arguments}
     with pytest.raises(error, match=match):
         pseudo_label("701", "3d_fullres", arguments.pop("fold"), arguments.pop("output_id"), **arguments)
-    assert not list(Path(paths.nnUNet_raw).glob("*712*"))
-    assert not list(Path(paths.nnUNet_preprocessed).glob("*712*"))
+    assert not list(Path(paths.nnUNet_raw).glob("*982*"))
+    assert not list(Path(paths.nnUNet_preprocessed).glob("*982*"))
 
 
 def test_a_model_that_is_missing_is_named_with_the_command_that_trains_it(tiny_dataset):
-    refused(FileNotFoundError, "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerM3", trainer="nnUNetTrainerM3")
+    refused(FileNotFoundError, "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerX", trainer="nnUNetTrainerX")
 
 
 def test_a_fold_that_is_missing_is_refused(model):
@@ -177,11 +177,11 @@ def test_an_interrupted_run_leaves_no_dataset_and_is_no_obstacle(model, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("nnunet_ssl.self_training.predict", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pseudo_label("701", "3d_fullres", 0, 713, device="cpu", num_processes=1)
-    assert not list(Path(paths.nnUNet_raw).glob("Dataset713*"))
-    assert not list(Path(paths.nnUNet_preprocessed).glob("Dataset713*"))
-    folder = pseudo_label("701", "3d_fullres", 0, 713, device="cpu", num_processes=1, mirroring=False)
+            pseudo_label("701", "3d_fullres", 0, 983, device="cpu", num_processes=1)
+    assert not list(Path(paths.nnUNet_raw).glob("Dataset983*"))
+    assert not list(Path(paths.nnUNet_preprocessed).glob("Dataset983*"))
+    folder = pseudo_label("701", "3d_fullres", 0, 983, device="cpu", num_processes=1, mirroring=False)
     assert len(list((folder / "labelsTr").iterdir())) == len(UNLABELED)
-    assert not list(Path(paths.nnUNet_raw).glob(".Dataset713*"))
+    assert not list(Path(paths.nnUNet_raw).glob(".Dataset983*"))
     shutil.rmtree(folder)
     shutil.rmtree(Path(paths.nnUNet_preprocessed) / folder.name)
