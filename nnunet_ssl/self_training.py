@@ -100,16 +100,6 @@ def pseudo_label(
     (unfinished / "labelsTr").mkdir(parents=True)
     predict(scans, unfinished / "labelsTr", model, fold, checkpoint, device, num_processes, mirroring)
 
-    def relative(file):
-        return os.path.relpath(file, unfinished)
-
-    ending = dataset_json["file_ending"]
-    entries = {
-        case: {"images": [relative(i) for i in cases[case]["images"]], "label": relative(cases[case]["label"])}
-        for case in sorted(labeled + validation)
-    }
-    for case, files in scans.items():
-        entries[case] = {"images": [relative(i) for i in files], "label": f"labelsTr/{case}{ending}"}
     provenance = {
         "cases": sorted(scans),
         "dataset": name,
@@ -120,14 +110,10 @@ def pseudo_label(
         "checkpoint": checkpoint,
         "nnunet-ssl": metadata.version("nnunet-ssl"),
     }
-    description = {
-        **dataset_json,
-        "name": folder.name,
-        "numTraining": len(entries),
-        "dataset": entries,
-        "pseudo_labels": provenance,
-    }
-    (unfinished / "dataset.json").write_text(json.dumps(description, indent=1))
+    true_labels = {case: cases[case] for case in sorted(labeled + validation)}
+    entries = dataset_entries(unfinished, true_labels, scans, dataset_json["file_ending"])
+    own_entries = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
+    (unfinished / "dataset.json").write_text(json.dumps(dataset_json | own_entries, indent=1))
     if validation:
         splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}]
         save_splits(Path(paths.nnUNet_preprocessed) / folder.name / "splits_final.json", splits)
@@ -137,6 +123,23 @@ def pseudo_label(
     shutil.copy2(folder / "dataset.json", Path(paths.nnUNet_preprocessed) / folder.name)
     move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)
     return folder
+
+
+def dataset_entries(folder: Path, labeled: dict[str, dict], scans: dict[str, list[str]], ending: str) -> dict:
+    """The "dataset" table of dataset.json in `folder`: per case its images and label, relative to it.
+
+    Args:
+        labeled: per case the images and label that it has already.
+        scans: per newly labeled case its images; the label is in the folder's own labelsTr.
+        ending: of the label files.
+    """
+
+    def relative(files):
+        return [os.path.relpath(file, folder) for file in files]
+
+    old = {c: {"images": relative(e["images"]), "label": relative([e["label"]])[0]} for c, e in labeled.items()}
+    new = {c: {"images": relative(files), "label": f"labelsTr/{c}{ending}"} for c, files in scans.items()}
+    return old | new
 
 
 def sort_cases(

@@ -77,16 +77,6 @@ def test_m3_differs_from_m3hl_in_attributes_only():
     assert nnUNetTrainerM3.__bases__ == (nnUNetTrainerM3HL,)
 
 
-def test_pseudo_labels_can_be_cleaned(tiny_dataset, monkeypatch):
-    trainer = started(nnUNetTrainerM3HL, tiny_dataset, largest_component=True)
-    calls = []
-    module = type(trainer).losses.__globals__
-    original = module["keep_largest_component"]
-    monkeypatch.setitem(module, "keep_largest_component", lambda labels: calls.append(labels) or original(labels))
-    list(trainer.losses(random_batch(2)))
-    assert [labels.shape for labels in calls] == [(2, 1, 16, 16, 16)]
-
-
 def test_an_unknown_pairing_is_refused_at_the_start(tiny_dataset):
     with pytest.raises(ValueError, match="feature_pairs"):
         started(nnUNetTrainerM3HL, tiny_dataset, feature_pairs="al")

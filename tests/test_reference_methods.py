@@ -10,6 +10,7 @@ from training import seed
 from nnunet_ssl.mixing import box_mask
 from nnunet_ssl.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
@@ -184,11 +185,17 @@ def test_bcp_begins_with_copy_paste_between_labeled_scans(tiny_dataset, size):
         assert_terms([terms], {"labeled": dice_and_cross_entropy(trainer.network(image), target), "pseudo": 0.0})
 
 
-def test_bcp_cleans_pseudo_labels_where_asked_to(tiny_dataset, monkeypatch):
-    trainer = started(nnUNetTrainerBCP, tiny_dataset, largest_component=True)
-    calls = []
-    module = type(trainer).losses.__globals__
-    original = module["keep_largest_component"]
-    monkeypatch.setitem(module, "keep_largest_component", lambda labels: calls.append(labels) or original(labels))
-    list(trainer.losses(random_batch(2)))
-    assert [labels.shape for labels in calls] == [(2, 1, 16, 16, 16)]
+@pytest.mark.parametrize("trainer", [nnUNetTrainerBCP, nnUNetTrainerM3HL])
+def test_the_student_learns_from_cleaned_pseudo_labels_where_asked_to(tiny_dataset, monkeypatch, trainer):
+    made = started(trainer, tiny_dataset, largest_component=True)
+    batch = random_batch(2)
+
+    def pseudo_loss(clean):
+        monkeypatch.setitem(trainer.losses.__globals__, "keep_largest_component", clean)
+        seed(5)
+        (terms,) = made.losses(batch)
+        return terms["pseudo"].item()
+
+    as_they_are, all_background = pseudo_loss(lambda labels: labels), pseudo_loss(torch.zeros_like)
+    made.largest_component = False
+    assert pseudo_loss(torch.zeros_like) == as_they_are != all_background
