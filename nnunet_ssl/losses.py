@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from copy import copy
 
+import torch
 import torch.nn.functional as F
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
@@ -13,12 +14,14 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
     """nnU-Net's own Dice and cross entropy, restricted to the voxels of a mask, at every deep-supervision scale.
 
     Where the mask is 1 everywhere this equals `loss` on targets that nnU-Net's transforms downsampled. Dice counts
-    only the masked voxels, cross entropy is their mean. An empty mask gives a constant without gradient.
+    only the masked voxels, cross entropy is their mean. Voxels with the ignore label do not count. An empty mask gives
+    a constant without gradient.
 
     Args:
-        loss: what `nnUNetTrainer._build_loss` made: DC_and_CE_loss, perhaps in a DeepSupervisionWrapper.
+        loss: what `nnUNetTrainer._build_loss` made: DC_and_CE_loss, for regions DC_and_BCE_loss, perhaps in a
+            DeepSupervisionWrapper.
         output: logits (B, C, *spatial); with deep supervision a list of them, highest resolution first.
-        target: (B, 1, *spatial) labels at full resolution.
+        target: labels at full resolution: (B, 1, *spatial), or the channels that nnU-Net gives regions.
         mask: (B, 1, *spatial), 1 or True where the voxel counts.
 
     Returns:
@@ -38,16 +41,29 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
 
 
 def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    plain = type(loss) is DC_and_CE_loss and loss.ignore_label is None
-    if not plain or loss.ce.weight is not None or loss.ce.label_smoothing:
+    regions = type(loss) is DC_and_BCE_loss
+    plain = regions or type(loss) is DC_and_CE_loss
+    weighted = plain and (loss.ce.weight is not None or getattr(loss.ce, "pos_weight", None) is not None)
+    if not plain or weighted or getattr(loss.ce, "label_smoothing", 0):
         raise NotImplementedError(
-            f"The masked loss is implemented for nnU-Net's DC_and_CE_loss without ignore label, class weights and "
-            f"label smoothing, not for {loss}."
+            f"The masked loss is implemented for nnU-Net's DC_and_CE_loss and DC_and_BCE_loss without class weights "
+            f"and label smoothing, not for {loss}."
         )
+    mask = mask.bool()
+    if regions:
+        if loss.use_ignore_label:
+            mask, target = mask & ~target[:, -1:].bool(), target[:, :-1]
+        entropy = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+        # as nnU-Net: the mean over the regions, with the ignore label their sum
+        entropy = entropy.sum(1, keepdim=True) if loss.use_ignore_label else entropy.mean(1, keepdim=True)
+    else:
+        if loss.ignore_label is not None:
+            annotated = target != loss.ignore_label
+            mask, target = mask & annotated, torch.where(annotated, target, 0)
+        entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none")[:, None]
     mask = mask.float()  # not half: the number of voxels is beyond its range
     dice = loss.dc(logits, target, loss_mask=mask)
-    entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none") * mask[:, 0]
-    return loss.weight_ce * entropy.sum() / mask.sum().clamp_min(1) + loss.weight_dice * dice
+    return loss.weight_ce * (entropy * mask).sum() / mask.sum().clamp_min(1) + loss.weight_dice * dice
 
 
 def full_resolution(loss: nn.Module) -> nn.Module:
@@ -63,27 +79,27 @@ def reweighted(loss: nn.Module, *, cross_entropy: float, dice: float) -> nn.Modu
     if isinstance(loss, DeepSupervisionWrapper):
         inner = reweighted(loss.loss, cross_entropy=cross_entropy, dice=dice)
         return DeepSupervisionWrapper(inner, loss.weight_factors)
-    if type(loss) is not DC_and_CE_loss:
-        raise NotImplementedError(f"Only nnU-Net's DC_and_CE_loss has such weights, not {loss}.")
+    if type(loss) not in (DC_and_CE_loss, DC_and_BCE_loss):
+        raise NotImplementedError(f"Only nnU-Net's DC_and_CE_loss and DC_and_BCE_loss have such weights, not {loss}.")
     loss = copy(loss)  # shallow: the parts, perhaps compiled, are the same
     loss.weight_ce, loss.weight_dice = cross_entropy, dice
     return loss
 
 
-def probability_mse(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of probabilities over voxels and classes (Mean Teacher, UA-MT, co-learning Eq. 15-17).
+def probability_mse(probabilities: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference over voxels and classes (Mean Teacher, UA-MT, co-learning Eq. 15-17).
 
-    Computed in fp32; the target gets no gradient.
+    The target gets no gradient.
 
     Args:
-        logits: (B, C, *spatial); softmax is taken here.
+        probabilities: (B, C, *spatial), float32.
         target: probabilities (B, C, *spatial).
         mask: (B, 1, *spatial), 1 or True where the voxel counts; an empty one gives 0. None: every voxel.
 
     Returns:
         Scalar in [0, 1].
     """
-    difference = (logits.float().softmax(1) - target.detach().float()).square().mean(1, keepdim=True)
+    difference = (probabilities - target.detach()).square().mean(1, keepdim=True)
     if mask is None:
         return difference.mean()
     mask = mask.float()

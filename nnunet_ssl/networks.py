@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -100,6 +101,18 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
+def average_gradients(networks: Sequence[nn.Module]) -> None:
+    """Replaces the gradients by their mean over the ranks of torch.distributed, in one exchange.
+
+    Every rank must have gradients for the same parameters; those without one are left out.
+    """
+    gradients = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    means = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients, strict=True)])
+
+
 def logits(network: nn.Module, x: Tensor) -> Tensor:
     """Full-resolution logits (B, C, *spatial), with deep supervision on or off."""
     output = network(x)
@@ -119,6 +132,19 @@ def forward_with_features(
     if change is not None:
         skips = change(skips)
     return network.decoder(skips), skips
+
+
+def require_stages(network: nn.Module, purpose: str) -> None:
+    """Raises NotImplementedError where a network has no encoder that gives a decoder the outputs of its stages.
+
+    nnU-Net's PlainConvUNet and ResidualEncoderUNet have one; its Primus has not.
+    """
+    inner = unwrap(network)
+    if not (hasattr(inner, "encoder") and hasattr(getattr(inner, "decoder", None), "transpconvs")):
+        raise NotImplementedError(
+            f"{purpose} needs a U-Net with encoder stages (PlainConvUNet or ResidualEncoderUNet), not a "
+            f"{type(inner).__name__}."
+        )
 
 
 def with_interpolation(network: nn.Module) -> nn.Module:

@@ -1,5 +1,7 @@
 """Targets from a network's logits, and how sure they are."""
 
+from math import log
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,35 +9,78 @@ from acvl_utils.morphology.morphology_helper import remove_all_but_largest_compo
 from torch import Tensor
 
 
-def hard_labels(logits: Tensor) -> Tensor:
-    """The most probable class of every voxel: (B, C, *spatial) logits to (B, 1, *spatial) int16, without gradient."""
-    return logits.detach().argmax(1, keepdim=True).to(torch.int16)
+def probabilities(logits: Tensor, *, regions: bool = False) -> Tensor:
+    """Softmax over the classes, or the sigmoid of every region: (B, C, *spatial) to the same shape, float32."""
+    return logits.float().sigmoid() if regions else logits.float().softmax(1)
 
 
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Labels (B, 1, *spatial) as probabilities (B, classes, *spatial), float32."""
-    return F.one_hot(labels[:, 0].long(), classes).movedim(-1, 1).float()
+def hard_labels(logits: Tensor, *, regions: bool = False, ignore_channel: bool = False) -> Tensor:
+    """The most probable class of every voxel, or the regions with p > 0.5, as nnU-Net's losses take them; no gradient.
+
+    Args:
+        logits: (B, C, *spatial). Probabilities of classes give the same labels.
+        regions: the channels are overlapping regions.
+        ignore_channel: append the channel that marks ignored voxels to regions, empty: pseudo labels ignore nothing.
+
+    Returns:
+        Classes: (B, 1, *spatial) int16. Regions: (B, C, *spatial) int16 of 0 and 1, or C + 1 channels.
+    """
+    logits = logits.detach()
+    if not regions:
+        return logits.argmax(1, keepdim=True).to(torch.int16)
+    labels = (logits > 0).to(torch.int16)
+    return torch.cat([labels, torch.zeros_like(labels[:, :1])], 1) if ignore_channel else labels
 
 
-def entropy(probabilities: Tensor) -> Tensor:
-    """Of every voxel in nats: (B, C, *spatial) to (B, 1, *spatial), from 0 (sure) to ln C (uniform)."""
-    return torch.special.entr(probabilities).sum(1, keepdim=True)
+def as_probabilities(
+    labels: Tensor, channels: int, *, regions: bool = False, ignore_label: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Labels as the probabilities that a network would predict, and the voxels that are annotated.
+
+    Args:
+        labels: as nnU-Net gives them: classes (B, 1, *spatial), or regions (B, channels, *spatial), where there is an
+            ignore label with one more channel, which is 1 where the voxel is ignored.
+        channels: of the network's output.
+        regions: the labels are regions.
+        ignore_label: the class value that marks ignored voxels (for regions any number); None: there is none.
+
+    Returns:
+        Probabilities (B, channels, *spatial) float32, and a bool mask (B, 1, *spatial), False where it is ignored.
+    """
+    if regions:
+        ignored = labels[:, channels:].bool() if ignore_label is not None else torch.zeros_like(labels[:, :1]).bool()
+        return labels[:, :channels].float(), ~ignored
+    annotated = torch.ones_like(labels).bool() if ignore_label is None else labels != ignore_label
+    classes = torch.where(annotated, labels, 0)[:, 0].long()
+    return F.one_hot(classes, channels).movedim(-1, 1).float(), annotated
+
+
+def uncertainty(probabilities: Tensor, *, regions: bool = False) -> Tensor:
+    """Entropy of every voxel as a part of the largest possible: (B, C, *spatial) to (B, 1, *spatial).
+
+    From 0 (sure) to 1 (uniform classes). For regions the mean of the entropies of their yes-no questions.
+    """
+    if not regions:
+        return torch.special.entr(probabilities).sum(1, keepdim=True) / log(probabilities.shape[1])
+    both = torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)
+    return both.mean(1, keepdim=True) / log(2)
 
 
 def keep_largest_component(labels: Tensor) -> Tensor:
-    """Sets all but the largest connected component of every class of every sample to background (0).
+    """Sets all but the largest connected component of every class or region of every sample to background (0).
 
     Full connectivity (26 neighbours in 3D, 8 in 2D), as BCP and M3HL's released code; components of the same size all
     stay. Runs on the host: a GPU waits.
 
     Args:
-        labels: (B, 1, *spatial), integer, 0 is background. A class without voxels stays empty.
+        labels: (B, 1, *spatial), or (B, regions, *spatial), integer, 0 is background. What has no voxel stays empty.
 
     Returns:
         New tensor of the same shape, dtype and device.
     """
     cleaned = np.zeros(labels.shape, dtype=np.int64)
     for sample, result in zip(labels.cpu().numpy(), cleaned, strict=True):
-        for value in np.unique(sample[sample > 0]):
-            result[0][remove_all_but_largest_component(sample[0] == value)] = value
+        for channel, kept in zip(sample, result, strict=True):
+            for value in np.unique(channel[channel > 0]):
+                kept[remove_all_but_largest_component(channel == value)] = value
     return torch.from_numpy(cleaned).to(labels)

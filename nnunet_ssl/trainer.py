@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -21,9 +22,10 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast, nn
 
+from nnunet_ssl import pseudo_labels
 from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
 from nnunet_ssl.files import replacing
-from nnunet_ssl.networks import unwrap
+from nnunet_ssl.networks import average_gradients, unwrap
 from nnunet_ssl.preprocessing import check_settings, find_scans, preprocessing_settings, unlabeled_folder
 from nnunet_ssl.random_state import get_random_state, set_random_state
 
@@ -46,7 +48,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     A method may use `self.network` (the student), `self.companions.<name>`, `self.loss` (nnU-Net's), `self.step`
     (optimizer steps taken) and `self.max_steps`. Its hyperparameters are class attributes. It derives from this class
-    directly and has no `__init__`.
+    directly and has no `__init__`. What labels are, classes or regions, with or without the ignore label, it leaves to
+    `self.hard_labels`, `self.probabilities` and `self.as_probabilities`. On several GPUs, every rank has to yield the
+    same terms: nnU-Net's Dice waits for the other ranks.
     """
 
     weak_view = False  # also give the method every unlabeled crop with spatial augmentation only
@@ -72,6 +76,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def inference_network(self) -> nn.Module:
         """The network that is validated and saved as `network_weights`."""
         return self.network
+
+    # ---- what a method may use: the functions of pseudo_labels.py for this dataset's labels ----
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over the classes, sigmoid of regions; float32."""
+        return pseudo_labels.probabilities(logits, regions=self.label_manager.has_regions)
+
+    def hard_labels(self, logits: Tensor) -> Tensor:
+        """The most probable class, or the regions with a logit above 0, as targets of `self.loss`; no gradient."""
+        labels = self.label_manager
+        return pseudo_labels.hard_labels(logits, regions=labels.has_regions, ignore_channel=labels.has_ignore_label)
+
+    def as_probabilities(self, labels: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        """Labels as probabilities of the network's `channels`, and a mask of the voxels that are annotated."""
+        regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
+        return pseudo_labels.as_probabilities(labels, channels, regions=regions, ignore_label=ignore_label)
 
     # ---- set-up ----
 
@@ -105,24 +125,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._refuse_unsupported()
         super().initialize()
         self.companions = SimpleNamespace(**self.build_companions())
+        if self.is_ddp:
+            self._synchronize_companions()
         for student in self.students()[1:]:
             self.optimizer.add_param_group({"params": list(student.parameters())})
 
+    def _synchronize_companions(self) -> None:
+        """Gives every rank the companions of rank 0, as nnU-Net does with its network."""
+        for network in vars(self.companions).values():
+            for tensor in network.state_dict().values():
+                dist.broadcast(tensor, 0)
+
     def _refuse_unsupported(self) -> None:
         name = type(self).__name__
-        unsupported = {
-            "training on several GPUs (-num_gpus)": self.is_ddp,
-            "cascades (3d_cascade_fullres)": self.is_cascaded,
-            "region-based training": self.label_manager.has_regions,
-            "the ignore label": self.label_manager.has_ignore_label,
-        }
-        for feature, present in unsupported.items():
-            if present:
-                raise NotImplementedError(f"{name} does not support {feature} yet. Use nnUNetTrainer for this dataset.")
-        architecture = self.configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
-        if architecture not in ("PlainConvUNet", "ResidualEncoderUNet"):
+        if self.is_cascaded:
             raise NotImplementedError(
-                f"{name} needs a PlainConvUNet or a ResidualEncoderUNet, the plans ask for {architecture}."
+                f"{name} does not support cascades ({self.configuration_name}): the unlabeled scans have no "
+                f"segmentation of the previous stage. Train 3d_fullres or 3d_lowres, or nnUNetTrainer for this stage."
             )
 
     def do_split(self):
@@ -253,9 +272,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        super().set_deep_supervision_enabled(enabled)
-        for network in vars(self.companions).values():
-            unwrap(network).decoder.deep_supervision = enabled
+        for network in (self.network, *vars(self.companions).values()):
+            decoder = getattr(unwrap(network), "decoder", None)
+            if decoder is not None:  # transformers have none, and no deep supervision
+                decoder.deep_supervision = enabled
 
     # ---- training ----
 
@@ -265,9 +285,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             # weights given by -pretrained_weights were loaded after initialize: start the companions from them
             self._restart_companions()
         super().on_train_start()
-        for leftover in Path(self.output_folder).glob(".checkpoint_*.tmp"):
-            leftover.unlink()  # a training that was killed while it wrote a checkpoint
-        self._trim_losses_csv()
+        if self.local_rank == 0:
+            for leftover in Path(self.output_folder).glob(".checkpoint_*.tmp"):
+                leftover.unlink()  # a training that was killed while it wrote a checkpoint
+            self._trim_losses_csv()
         if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
             set_random_state(self._resume_random_state)
@@ -289,7 +310,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         losses = iter(self.losses(batch))
         while True:
             # as in nnU-Net: autocast only where there is CUDA; the backward pass runs outside of it
-            with autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            with autocast("cuda") if self.device.type == "cuda" else nullcontext(), self._without_ddp():
                 group = next(losses, None)
                 total = None if group is None else sum(group.values())
             if group is None:
@@ -319,7 +340,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             unlabeled_weak=move(batch["unlabeled_weak"]) if self.weak_view else None,
         )
 
+    @contextmanager
+    def _without_ddp(self) -> Iterator[None]:
+        """For the forward passes, `self.network` is the one inside DistributedDataParallel.
+
+        That would exchange gradients in every backward pass; a step has several, and exchanges their sum.
+        """
+        wrapped = self.network
+        self.network = wrapped.module if self.is_ddp else wrapped
+        try:
+            yield
+        finally:
+            self.network = wrapped
+
     def _update_weights(self) -> None:
+        if self.is_ddp:
+            average_gradients(self.students())
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         for network in self.students():
@@ -339,6 +375,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs(train_outputs)
         means = {name: float(np.mean(values)) for name, values in outputs.items()}
+        if self.is_ddp:
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, means)
+            means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
+        if self.local_rank != 0:
+            return
         self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         path = Path(self.output_folder) / "losses.csv"
         new = not path.is_file()
@@ -443,7 +485,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name, network in vars(self.companions).items():
             unwrap(network).load_state_dict(state["companions"][name])
         self.step = state["step"]
-        self._resume_random_state = state["random_state"]
+        # it is rank 0's: the others would draw the same crops and masks
+        self._resume_random_state = state["random_state"] if self.local_rank == 0 else None
 
 
 def _augmenter(loader, workers: int, cached: int, device: torch.device):

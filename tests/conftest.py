@@ -38,13 +38,47 @@ def tiny_residual_dataset() -> Path:
     return make_tiny_dataset(702, "TinyResidual", residual=True)
 
 
-def make_tiny_dataset(number: int, name: str, residual: bool = False) -> Path:
+NESTED = {"background": 0, "whole": [1, 2], "core": 2}
+
+
+@pytest.fixture(scope="session")
+def tiny_ignore_dataset() -> Path:
+    """Dataset703_TinyIgnore: two classes, and a part of every scan is not annotated."""
+    return make_tiny_dataset(703, "TinyIgnore", labels={"background": 0, "outer": 1, "inner": 2, "ignore": 3})
+
+
+@pytest.fixture(scope="session")
+def tiny_regions_dataset() -> Path:
+    """Dataset704_TinyRegions: two nested regions."""
+    return make_tiny_dataset(704, "TinyRegions", labels=NESTED, regions_class_order=[1, 2])
+
+
+@pytest.fixture(scope="session")
+def tiny_regions_ignore_dataset() -> Path:
+    """Dataset705_TinyRegionsIgnore: two nested regions, and a part of every scan is not annotated."""
+    labels = {**NESTED, "ignore": 3}
+    return make_tiny_dataset(705, "TinyRegionsIgnore", labels=labels, regions_class_order=[1, 2])
+
+
+@pytest.fixture
+def labels(request):
+    """The kind of labels that a test is parametrized with, see equations.EVERY_KIND."""
+    return request.param
+
+
+@pytest.fixture
+def labels_dataset(labels, request) -> Path:
+    """The tiny dataset of that kind of labels."""
+    return request.getfixturevalue(labels.fixture)
+
+
+def make_tiny_dataset(number: int, name: str, residual: bool = False, **raw) -> Path:
     from tiny import make_raw_dataset, plan
 
     from nnunet_ssl.preprocessing import preprocess_unlabeled
     from nnunet_ssl.splits import save_splits
 
-    make_raw_dataset(number, name, cases=7, unlabeled=2, test=1)
+    make_raw_dataset(number, name, cases=7, unlabeled=2, test=1, **raw)
     folder = plan(number, residual=residual)
     cases = [f"case_{i:03d}" for i in range(7)]
     save_splits(folder / "splits_final.json", [{"train": cases[:2], "val": cases[2:3], "unlabeled": cases[3:]}])

@@ -1,5 +1,7 @@
 """Random batches, and losses written out sample by sample: oracles for the tests of the methods' steps."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from training import make_trainer, seed
@@ -21,31 +23,77 @@ def started(trainer, dataset, **settings):
     return made
 
 
-def random_batch(size, shape=(16, 16, 16)):
-    images = torch.randn(3, size, 1, *shape)
-    labels = (torch.rand(size, 1, *shape) > 0.6).to(torch.int16)
-    return Batch(image=images[0], target=labels, unlabeled=images[1], unlabeled_weak=images[2])
+@dataclass(frozen=True)
+class Labels:
+    """One kind of labels, the fixture of a dataset that has it, and the losses that nnU-Net takes for it."""
+
+    fixture: str
+    channels: int  # of the network
+    regions: bool = False
+    ignore: bool = False
+
+    def random_batch(self, size, shape=(16, 16, 16)):
+        images = torch.randn(3, size, 1, *shape)
+        if self.regions:
+            target = torch.rand(size, self.channels + self.ignore, *shape) > 0.6
+        else:
+            target = torch.randint(0, self.channels + self.ignore, (size, 1, *shape)).to(torch.int16)
+        return Batch(image=images[0], target=target, unlabeled=images[1], unlabeled_weak=images[2])
+
+    def annotated(self, target):
+        """The voxels that count, (B, 1, *spatial)."""
+        if not self.ignore:
+            return torch.ones_like(target[:, :1], dtype=torch.bool)
+        return target[:, -1:] == 0 if self.regions else target != self.channels
+
+    def truth(self, target):
+        """The target as probabilities (B, channels, *spatial); anything where the voxel is not annotated."""
+        if self.regions:
+            return target[:, : self.channels].float()
+        return torch.cat([target == value for value in range(self.channels)], 1).float()
+
+    def probabilities(self, logits):
+        return 1 / (1 + (-logits).exp()) if self.regions else logits.softmax(1)
+
+    def hard(self, logits):
+        """Labels from logits in the form of a target."""
+        if not self.regions:
+            return logits.argmax(1, keepdim=True)
+        return torch.cat([logits > 0] + [torch.zeros_like(logits[:, :1], dtype=torch.bool)] * self.ignore, 1)
+
+    def dice(self, logits, target, mask=None):
+        """Mean over samples and foreground classes (or regions) of the soft Dice, inside a mask."""
+        counts = self.annotated(target) if mask is None else self.annotated(target) & mask
+        first = 0 if self.regions else 1
+        p, t = self.probabilities(logits)[:, first:], self.truth(target)[:, first:]
+        values = []
+        for sample in range(len(p)):
+            m = counts[sample, 0].float()
+            for a, b in zip(p[sample], t[sample], strict=True):
+                values.append((2 * (a * b * m).sum() + 1e-5) / ((a * m).sum() + (b * m).sum() + 1e-5))
+        return torch.stack(values).mean()
+
+    def cross_entropy(self, logits, target, mask=None):
+        """Mean over the voxels of a mask; of regions the mean too, with an ignore label their sum, as in nnU-Net."""
+        counts = (self.annotated(target) if mask is None else self.annotated(target) & mask)[:, 0]
+        t = self.truth(target)
+        if not self.regions:
+            return -(logits.log_softmax(1) * t).sum(1)[counts].mean()
+        entropy = -(t * F.logsigmoid(logits) + (1 - t) * F.logsigmoid(-logits))
+        return (entropy.sum(1) if self.ignore else entropy.mean(1))[counts].mean()
+
+    def dice_and_cross_entropy(self, logits, target, mask=None):
+        """In nnU-Net's scaling."""
+        return self.cross_entropy(logits, target, mask) - self.dice(logits, target, mask)
 
 
-def dice(logits, target, mask=None):
-    """Mean over the samples of the foreground's soft Dice, (B, 2, *spatial) and (B, 1, *spatial), inside a mask."""
-    mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
-    foreground = logits.softmax(1)[:, 1]
-    values = []
-    for p, t, m in zip(foreground, target[:, 0].float(), mask[:, 0].float(), strict=True):
-        values.append((2 * (p * t * m).sum() + 1e-5) / ((p * m).sum() + (t * m).sum() + 1e-5))
-    return torch.stack(values).mean()
-
-
-def cross_entropy(logits, target, mask=None):
-    """Mean over the voxels of a mask."""
-    mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
-    return F.cross_entropy(logits, target[:, 0].long(), reduction="none")[mask[:, 0]].mean()
-
-
-def dice_and_cross_entropy(logits, target, mask=None):
-    """In nnU-Net's scaling."""
-    return cross_entropy(logits, target, mask) - dice(logits, target, mask)
+CLASSES = Labels("tiny_dataset", 2)
+EVERY_KIND = [
+    CLASSES,
+    Labels("tiny_ignore_dataset", 3, ignore=True),
+    Labels("tiny_regions_dataset", 2, regions=True),
+    Labels("tiny_regions_ignore_dataset", 2, regions=True, ignore=True),
+]
 
 
 def assert_terms(groups, expected):

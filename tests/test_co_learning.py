@@ -5,51 +5,54 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import assert_terms, cross_entropy, dice, random_batch, started
+from equations import CLASSES, EVERY_KIND, assert_terms, started
 from training import make_trainer, seed
 
 from nnunet_ssl.mixing import box_mask
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import indmix, nnUNetTrainerCoLearning
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("with_cross_entropy", [False, True])
 @pytest.mark.parametrize("backbones", ["same", "different"])
-def test_a_step_is_that_of_the_equations(tiny_dataset, size, with_cross_entropy, backbones):
+def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, with_cross_entropy, backbones):
     settings = {"unlabeled_weight": 0.7, "mix_weight": 0.3, "noise": 0.0, "box_side": 0.6}
     settings |= {"cross_entropy": with_cross_entropy, "student_backbones": backbones, "alpha": 0.02, "beta": 0.01}
-    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, **settings)
-    batch = random_batch(size)
+    trainer = started(nnUNetTrainerCoLearning, labels_dataset, **settings)
+    batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
 
     seed(5)
     companions = trainer.companions
     s1, s2, x_l, y_l, x_u = trainer.network, companions.student_2, batch.image, batch.target, batch.unlabeled
-    soft = companions.teacher(batch.unlabeled_weak).softmax(1)
+    soft = labels.probabilities(companions.teacher(batch.unlabeled_weak))
     if backbones == "different":
-        soft = 2 / 3 * soft + 1 / 3 * companions.teacher_2(batch.unlabeled_weak).softmax(1)
-    pseudo = soft.argmax(1, keepdim=True)
-    truth = torch.cat([y_l == 0, y_l == 1], 1).float()
-    labels = [s(x_u).argmax(1, keepdim=True) for s in (s1, s2)]
-    assert not torch.equal(*labels)
-    assert not torch.equal(labels[0], pseudo)
+        soft = 2 / 3 * soft + 1 / 3 * labels.probabilities(companions.teacher_2(batch.unlabeled_weak))
+    pseudo = labels.hard(soft - 0.5)
+    truth, annotated = labels.truth(y_l), labels.annotated(y_l)
+    everything = torch.ones_like(annotated)
+    hard = [labels.hard(s(x_u)) for s in (s1, s2)]
+    assert not torch.equal(*hard)
+    assert not torch.equal(hard[0], pseudo)
     expected = {}
-    for i, student, other in ((1, s1, labels[1]), (2, s2, labels[0])):
-        supervised = -dice(student(x_l), y_l)
+    for i, student, other in ((1, s1, hard[1]), (2, s2, hard[0])):
+        supervised = -labels.dice(student(x_l), y_l)
         if with_cross_entropy:
-            supervised = supervised + cross_entropy(student(x_l), y_l)
+            supervised = supervised + labels.cross_entropy(student(x_l), y_l)
         m = box_mask(size, (16, 16, 16), side=0.6)
         # Eq. 11 and 12, with Eq. 13 corrected
-        mixed, target = [
-            (x_l * m + x_u * ~m, truth * m + soft * ~m),
-            (x_u * m + x_l * ~m, soft * m + truth * ~m),
+        mixed, target, counts = [
+            (x_l * m + x_u * ~m, truth * m + soft * ~m, torch.where(m, annotated, everything)),
+            (x_u * m + x_l * ~m, soft * m + truth * ~m, torch.where(m, everything, annotated)),
         ][i - 1]
+        difference = (labels.probabilities(student(mixed)) - target) ** 2
         expected |= {
             f"supervised_{i}": supervised,
-            f"cross_{i}": -0.7 * dice(student(x_u), other),
-            f"teacher_{i}": -0.7 * dice(student(x_u), pseudo),
-            f"mix_{i}": 0.3 * ((student(mixed).softmax(1) - target) ** 2).mean(),
+            f"cross_{i}": -0.7 * labels.dice(student(x_u), other),
+            f"teacher_{i}": -0.7 * labels.dice(student(x_u), pseudo),
+            f"mix_{i}": 0.3 * difference.mean(1)[counts[:, 0]].mean(),
         }
     assert_terms(groups, expected)
 
@@ -70,7 +73,7 @@ def test_image_and_target_of_a_mix_take_every_voxel_from_the_same_scan(patch, re
 
 def test_every_input_of_each_student_has_its_own_noise(tiny_dataset, monkeypatch):
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1)
-    batch = random_batch(2)
+    batch = CLASSES.random_batch(2)
     seen = {1: [], 2: []}
     for number, network in ((1, trainer.network), (2, trainer.companions.student_2)):
         network.register_forward_pre_hook(lambda module, inputs, number=number: seen[number].append(inputs[0].clone()))
@@ -87,7 +90,7 @@ def test_every_input_of_each_student_has_its_own_noise(tiny_dataset, monkeypatch
 def test_each_student_learns_from_its_own_terms_only(tiny_dataset):
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset)
     students = trainer.students()
-    for number, group in enumerate(trainer.losses(random_batch(2))):
+    for number, group in enumerate(trainer.losses(CLASSES.random_batch(2))):
         for network in students:
             network.zero_grad()
         sum(group.values()).backward()
@@ -149,7 +152,7 @@ def test_different_backbones_have_a_teacher_each(tiny_dataset):
 def test_the_weights_of_unlabeled_terms_are_ramped_up_where_asked_to(tiny_dataset, rampup):
     settings = {"rampup": rampup, "num_epochs": 10, "num_iterations_per_epoch": 10, "noise": 0.0}
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset, **settings)
-    batch = random_batch(2)
+    batch = CLASSES.random_batch(2)
     terms = {}
     for step in (25, 100):
         trainer.step = step

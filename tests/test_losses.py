@@ -215,28 +215,19 @@ def test_a_loss_and_an_output_with_different_numbers_of_scales_are_refused():
         masked_loss(nnunet_loss(deep=True), logits[:2], target, torch.ones_like(target))
 
 
-def regions_loss():
-    dice = {"batch_dice": False, "smooth": SMOOTH, "do_bg": True, "ddp": False}
-    return DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss)
-
-
-def ignore_label_loss():
-    return nnunet_loss(ignore_label=2)
-
-
 def topk_loss():
     return DC_and_topk_loss({"batch_dice": False, "smooth": SMOOTH, "do_bg": False, "ddp": False}, {"k": 10})
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args")  # nnU-Net's own top k
 @pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize("make", [regions_loss, ignore_label_loss, topk_loss])
+@pytest.mark.parametrize("make", [topk_loss])
 def test_other_losses_are_refused(make, deep):
     loss = make()
     logits, target = random_logits(2, 3), random_target(2, 3)
     if deep:
         loss = DeepSupervisionWrapper(loss, WEIGHTS)
-    with pytest.raises(NotImplementedError, match="DC_and_CE_loss without ignore label"):
+    with pytest.raises(NotImplementedError, match="DC_and_CE_loss and DC_and_BCE_loss"):
         masked_loss(loss, logits if deep else logits[0], target, torch.ones_like(target))
 
 
@@ -373,13 +364,13 @@ def test_the_loss_of_the_full_resolution_is_the_one_inside_deep_supervision():
 
 
 def test_probability_mse_is_the_mean_over_voxels_and_classes():
-    logits = torch.zeros(1, 2, 1, 2)  # probabilities 1/2
+    prediction = torch.full((1, 2, 1, 2), 0.5)
     target = torch.tensor([[[[1.0, 0.5]], [[0.0, 0.5]]]])
-    assert probability_mse(logits, target) == pytest.approx(0.25 / 2)
+    assert probability_mse(prediction, target) == pytest.approx(0.25 / 2)
     mask = torch.tensor([[[[True, False]]]])
-    assert probability_mse(logits, target, mask) == pytest.approx(0.25)
-    assert probability_mse(logits, target, ~mask) == 0
-    assert probability_mse(logits, target, mask & ~mask) == 0  # an empty mask
+    assert probability_mse(prediction, target, mask) == pytest.approx(0.25)
+    assert probability_mse(prediction, target, ~mask) == 0
+    assert probability_mse(prediction, target, mask & ~mask) == 0  # an empty mask
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -387,12 +378,84 @@ def test_probability_mse_trains_the_masked_voxels_of_the_student_only(dim):
     logits = random_logits(3, dim)[0]
     target = torch.rand(logits.shape).softmax(1).requires_grad_()
     mask = random_mask(dim)
-    probability_mse(logits, target, mask).backward()
+    probability_mse(logits.softmax(1), target, mask).backward()
     assert target.grad is None
     assert torch.equal(logits.grad.abs().sum(1, keepdim=True) > 0, mask)
 
 
-def test_probability_mse_of_half_precision_is_computed_in_single_precision():
-    logits = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
-    target = torch.randn(2, 3, 4, 4).softmax(1)
-    assert probability_mse(logits, target) == probability_mse(logits.float(), target)
+# ---- regions and the ignore label: nnU-Net's own losses are the oracle ----
+
+IGNORE = 9
+
+
+def region_loss(batch_dice=False, *, ignore=False, deep=False, **kwargs):
+    """What nnUNetTrainer._build_loss makes for regions."""
+    dice = {"batch_dice": batch_dice, "smooth": SMOOTH, "do_bg": True, "ddp": False}
+    loss = DC_and_BCE_loss({}, dice, use_ignore_label=ignore, dice_class=MemoryEfficientSoftDiceLoss, **kwargs)
+    return DeepSupervisionWrapper(loss, WEIGHTS) if deep else loss
+
+
+def region_target(regions, dim, ignore, batch_size=3):
+    return torch.rand(batch_size, regions + ignore, *PATCH[dim]) > 0.6
+
+
+def ignored(target, mask):
+    """Labels of classes in which voxels outside of a mask have the ignore label."""
+    return torch.where(mask, target, IGNORE)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize(("dim", "regions", "batch_dice"), CASES)
+def test_a_full_mask_gives_nnunets_own_loss_of_regions(dim, regions, batch_dice, ignore):
+    loss = region_loss(batch_dice, ignore=ignore, deep=True, weight_ce=0.7, weight_dice=1.5)
+    logits, target = random_logits(regions, dim), region_target(regions, dim, ignore)
+    expected = loss(logits, at_all_scales(target.to(torch.int16), dim))
+    ours = masked_loss(loss, logits, target, torch.ones_like(target[:, :1]))
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients(ours, logits)[:2], gradients(expected, logits)[:2])
+
+
+@pytest.mark.parametrize(("dim", "classes", "batch_dice"), CASES)
+def test_a_full_mask_gives_nnunets_own_loss_with_the_ignore_label(dim, classes, batch_dice):
+    loss = nnunet_loss(batch_dice, deep=True, ignore_label=IGNORE, weight_ce=0.7, weight_dice=1.5)
+    logits, target = random_logits(classes, dim), ignored(random_target(classes, dim), random_mask(dim))
+    expected = loss(logits, at_all_scales(target, dim))
+    ours = masked_loss(loss, logits, target, torch.ones_like(target))
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients(ours, logits)[:2], gradients(expected, logits)[:2])
+
+
+@pytest.mark.parametrize(("dim", "classes", "batch_dice"), CASES)
+def test_a_mask_and_the_ignore_label_restrict_the_loss_to_what_both_leave(dim, classes, batch_dice):
+    logits, target = random_logits(classes, dim)[0], random_target(classes, dim)
+    mask, annotated = random_mask(dim), random_mask(dim)
+    loss = nnunet_loss(batch_dice, ignore_label=IGNORE)
+    expected = by_hand(logits, target, mask & annotated, batch_dice)
+    assert masked_loss(loss, logits, ignored(target, annotated), mask).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_a_mask_restricts_the_loss_of_regions_as_the_ignore_channel_does(batch_dice):
+    logits, target, mask = random_logits(3, 3)[0], region_target(3, 3, True), random_mask(3)
+    loss = region_loss(batch_dice, ignore=True)
+    both = torch.cat([target[:, :-1], target[:, -1:] | ~mask], 1)
+    torch.testing.assert_close(masked_loss(loss, logits, target, mask), loss(logits, both))
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_a_mask_restricts_the_loss_of_regions_without_ignore_label(batch_dice):
+    logits, target, mask = random_logits(3, 3)[0], region_target(3, 3, False), random_mask(3)
+    ours = masked_loss(region_loss(batch_dice), logits, target, mask)
+    dice = region_loss(batch_dice, weight_ce=0).dc(logits, target, loss_mask=mask)
+    chosen = mask.expand_as(logits)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits[chosen], target[chosen].float())
+    torch.testing.assert_close(ours, entropy + dice)
+
+
+def test_the_parts_of_the_region_loss_can_be_reweighted():
+    logits, target = random_logits(3, 3)[0], region_target(3, 3, False)
+    loss = region_loss()
+    parts = [reweighted(loss, cross_entropy=a, dice=b)(logits, target) for a, b in ((1, 0), (0, 1), (2, 3))]
+    torch.testing.assert_close(parts[0] + parts[1], loss(logits, target))
+    torch.testing.assert_close(2 * parts[0] + 3 * parts[1], parts[2])
+    assert (loss.weight_ce, loss.weight_dice) == (1, 1)

@@ -4,20 +4,21 @@ import itertools
 
 import pytest
 import torch
-from equations import assert_terms, dice_and_cross_entropy, random_batch, started
+from equations import CLASSES, EVERY_KIND, assert_terms, started
 from training import seed
 
 from nnunet_ssl.mixing import block_mask
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainerM3HL
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("pairs", ["all", "matched"])
-def test_a_step_is_that_of_the_equations(tiny_dataset, size, pairs):
+def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs):
     trainer = started(
-        nnUNetTrainerM3HL, tiny_dataset, feature_pairs=pairs, pseudo_weight=0.3, feature_weight=0.7, mask_cells=2
+        nnUNetTrainerM3HL, labels_dataset, feature_pairs=pairs, pseudo_weight=0.3, feature_weight=0.7, mask_cells=2
     )
-    batch = random_batch(size)
+    batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
 
@@ -25,20 +26,20 @@ def test_a_step_is_that_of_the_equations(tiny_dataset, size, pairs):
     half = (size + 1) // 2
     masks = block_mask(half, (16, 16, 16), cells=2, ratio=0.5)
     teacher, student = trainer.companions.teacher, trainer.network
-    pseudo = teacher(batch.unlabeled_weak).argmax(1, keepdim=True)
+    pseudo = labels.hard(teacher(batch.unlabeled_weak))
     # (labeled sample, unlabeled sample, mask) of half a and of half b; 1 keeps the labeled voxel
     a = [(i, i, masks[i]) for i in range(half)]
     b = [(size - half + i, size - half + i, ~masks[i]) for i in range(half)]
     images, targets, keep = [], [], []
     for labeled, unlabeled, mask in a + b:
         images.append(batch.image[labeled] * mask + batch.unlabeled[unlabeled] * ~mask)
-        targets.append(batch.target[labeled] * mask + pseudo[unlabeled] * ~mask)
+        targets.append(torch.where(mask, batch.target[labeled], pseudo[unlabeled]))
         keep.append(mask)
     image, target, keep = torch.stack(images), torch.stack(targets), torch.stack(keep)
     logits = student(image)
     expected = {
-        "labeled": dice_and_cross_entropy(logits, target, keep),
-        "pseudo": 0.3 * dice_and_cross_entropy(logits, target, ~keep),
+        "labeled": labels.dice_and_cross_entropy(logits, target, keep),
+        "pseudo": 0.3 * labels.dice_and_cross_entropy(logits, target, ~keep),
     }
     skips, teacher_skips = student.encoder(image), teacher.encoder(batch.unlabeled_weak)
     combinations = list(itertools.product("ab", "ab")) if pairs == "all" else [("a", "a"), ("b", "b")]
@@ -58,7 +59,7 @@ def test_a_step_is_that_of_the_equations(tiny_dataset, size, pairs):
 
 def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(tiny_dataset, monkeypatch):
     trainer = started(nnUNetTrainerM3HL, tiny_dataset, feature_weight=0.0, pseudo_weight=0.0)
-    batch = random_batch(2)
+    batch = CLASSES.random_batch(2)
     everything = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
     nothing_mixed = batch.image, batch.labels, everything
     monkeypatch.setitem(type(trainer).losses.__globals__, "mix_halves", lambda *args: nothing_mixed)

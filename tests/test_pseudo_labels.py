@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from nnunet_ssl.pseudo_labels import entropy, hard_labels, keep_largest_component, one_hot
+from nnunet_ssl.pseudo_labels import (
+    as_probabilities,
+    hard_labels,
+    keep_largest_component,
+    probabilities,
+    uncertainty,
+)
 
 SHAPES = [(9, 10), (9, 10, 11)]
 
@@ -77,18 +83,67 @@ def test_the_dtype_is_kept_and_the_input_is_not_changed(dtype):
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (3, 4, 5)])
-def test_one_hot_puts_the_label_on_the_class_axis(shape):
-    labels = torch.randint(0, 4, (2, 1, *shape), dtype=torch.int16)
-    encoded = one_hot(labels, 4)
+def test_regions_are_labeled_where_more_probable_than_not(shape):
+    logits = torch.randn(2, 3, *shape, requires_grad=True)
+    labels = hard_labels(logits, regions=True)
+    assert torch.equal(labels == 1, logits.sigmoid() > 0.5)
+    assert not labels.requires_grad
+    with_ignore = hard_labels(logits, regions=True, ignore_channel=True)
+    assert torch.equal(with_ignore[:, :3], labels)
+    assert with_ignore.shape[1] == 4
+    assert not with_ignore[:, 3].any()  # nothing is ignored
+
+
+def test_probabilities_are_the_softmax_of_classes_and_the_sigmoid_of_regions():
+    logits = torch.tensor([0.0, math.log(3)], dtype=torch.bfloat16).view(1, 2, 1, 1)
+    logits32 = logits.float()
+    for regions, expected in ((False, [1 / 4, 3 / 4]), (True, [1 / 2, 3 / 4])):
+        values = probabilities(logits, regions=regions)
+        assert values.dtype == torch.float32
+        assert torch.equal(values, probabilities(logits32, regions=regions))  # nothing is rounded on the way
+        assert values.flatten().tolist() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (3, 4, 5)])
+@pytest.mark.parametrize("ignore_label", [None, 4])
+def test_labels_as_probabilities_have_a_one_at_their_class(shape, ignore_label):
+    labels = torch.randint(0, 4 if ignore_label is None else 5, (2, 1, *shape), dtype=torch.int16)
+    encoded, annotated = as_probabilities(labels, 4, ignore_label=ignore_label)
     assert encoded.dtype == torch.float32
     assert encoded.shape == (2, 4, *shape)
-    assert torch.equal(encoded.argmax(1, keepdim=True), labels.long())
     assert (encoded.sum(1) == 1).all()
+    assert torch.equal(annotated, labels < 4)
+    assert torch.equal(encoded.argmax(1, keepdim=True)[annotated], labels.long()[annotated])
 
 
-def test_entropy_is_0_where_sure_and_ln_c_where_uniform():
+def test_regions_as_probabilities_leave_the_channel_of_ignored_voxels_out():
+    labels = torch.rand(2, 4, 5, 6) > 0.5
+    encoded, annotated = as_probabilities(labels, 3, regions=True, ignore_label=7)
+    assert torch.equal(encoded, labels[:, :3].float())
+    assert torch.equal(annotated, ~labels[:, 3:])
+    encoded, annotated = as_probabilities(labels, 4, regions=True)
+    assert torch.equal(encoded, labels.float())
+    assert annotated.shape == (2, 1, 5, 6)
+    assert annotated.all()
+
+
+def test_uncertainty_is_0_where_sure_and_1_where_every_class_is_as_probable():
     sure, uniform = torch.tensor([1.0, 0, 0]), torch.full((3,), 1 / 3)
     half = torch.tensor([0.5, 0.5, 0])
-    probabilities = torch.stack([sure, uniform, half], 1).view(1, 3, 3, 1)
-    expected = torch.tensor([0, math.log(3), math.log(2)]).view(1, 1, 3, 1)
-    torch.testing.assert_close(entropy(probabilities), expected)
+    stacked = torch.stack([sure, uniform, half], 1).view(1, 3, 3, 1)
+    expected = torch.tensor([0, 1, math.log(2) / math.log(3)]).view(1, 1, 3, 1)
+    torch.testing.assert_close(uncertainty(stacked), expected)
+
+
+def test_uncertainty_of_regions_is_the_mean_over_the_regions():
+    stacked = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.5, 1.0]]).view(1, 2, 3, 1)
+    torch.testing.assert_close(uncertainty(stacked, regions=True), torch.tensor([0, 1, 0.5]).view(1, 1, 3, 1))
+
+
+def test_every_region_keeps_its_own_largest_component():
+    labels = torch.zeros(1, 2, 9, 9, dtype=torch.int16)
+    labels[0, 0, 1:4, 1:4] = labels[0, 0, 6, 6] = 1
+    labels[0, 1, 1, 1] = labels[0, 1, 6:8, 6:8] = 1
+    cleaned = keep_largest_component(labels)
+    labels[0, 0, 6, 6] = labels[0, 1, 1, 1] = 0
+    assert torch.equal(cleaned, labels)

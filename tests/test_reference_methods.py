@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from equations import assert_terms, cross_entropy, dice_and_cross_entropy, random_batch, started
+from equations import CLASSES, EVERY_KIND, assert_terms, started
 from training import seed
 
 from nnunet_ssl.mixing import box_mask
@@ -21,54 +21,56 @@ def clipped_noise(x, deviation):
     return (torch.randn_like(x) * deviation).clamp(-2 * deviation, 2 * deviation)
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 3])
-def test_mean_teacher(tiny_dataset, size):
-    trainer = started(nnUNetTrainerMeanTeacher, tiny_dataset, consistency_weight=0.7, noise=0.3)
-    batch = random_batch(size)
+def test_mean_teacher(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerMeanTeacher, labels_dataset, consistency_weight=0.7, noise=0.3)
+    batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
 
     seed(5)
     student, teacher = trainer.network, trainer.companions.teacher
-    target = teacher(batch.unlabeled_weak + clipped_noise(batch.unlabeled_weak, 0.3)).softmax(1)
-    prediction = student(batch.unlabeled).softmax(1)
+    target = labels.probabilities(teacher(batch.unlabeled_weak + clipped_noise(batch.unlabeled_weak, 0.3)))
+    prediction = labels.probabilities(student(batch.unlabeled))
     expected = {
-        "supervised": dice_and_cross_entropy(student(batch.image), batch.target),
+        "supervised": labels.dice_and_cross_entropy(student(batch.image), batch.target),
         "consistency": 0.7 * ((prediction - target) ** 2).mean(),
     }
     assert_terms(groups, expected)
 
 
-@pytest.mark.parametrize(("size", "classes"), [(1, 2), (2, 2), (2, 3)])
-def test_uamt(tiny_dataset, size, classes):
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("size", [1, 2])
+def test_uamt(labels, labels_dataset, size):
     settings = {"consistency_weight": 0.7, "noise": 0.3, "passes": 3, "initial_threshold": 0.6, "dropout": 0.4}
-    trainer = started(nnUNetTrainerUAMT, tiny_dataset, **settings)
+    trainer = started(nnUNetTrainerUAMT, labels_dataset, **settings)
     trainer.step = trainer.max_steps // 2
     trainer.rampup = 0.0
     for network in (trainer.network, trainer.companions.teacher):
-        head = network.decoder.seg_layers[-1]
-        network.decoder.seg_layers[-1] = torch.nn.Conv3d(head.in_channels, classes, 1)
         torch.nn.init.normal_(network.decoder.seg_layers[-1].weight)  # neither sure everywhere nor nowhere
-    batch = random_batch(size)
+    batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
 
     seed(5)
     student, teacher, weak = trainer.network, trainer.companions.teacher, batch.unlabeled_weak
-    target = teacher(weak + clipped_noise(weak, 0.3)).softmax(1)
+    target = labels.probabilities(teacher(weak + clipped_noise(weak, 0.3)))
     mean = 0
     for _ in range(3):
         skips = teacher.encoder(weak + clipped_noise(weak, 0.3))
         kept = torch.empty_like(skips[-1]).bernoulli_(0.6)
-        mean = mean + teacher.decoder([*skips[:-1], skips[-1] * kept / 0.6]).softmax(1) / 3
-    uncertainty = -(mean * mean.log()).sum(1)
-    threshold = (0.6 + 0.4 * math.exp(-5 * 0.25)) * math.log(classes)
-    sure = uncertainty < threshold
+        mean = mean + labels.probabilities(teacher.decoder([*skips[:-1], skips[-1] * kept / 0.6])) / 3
+    if labels.regions:
+        uncertainty = -(mean * mean.log() + (1 - mean) * (1 - mean).log()).mean(1) / math.log(2)
+    else:
+        uncertainty = -(mean * mean.log()).sum(1) / math.log(labels.channels)
+    sure = uncertainty < 0.6 + 0.4 * math.exp(-5 * 0.25)
     assert 0.02 < sure.float().mean() < 0.98  # both kinds are there
-    difference = (student(batch.unlabeled).softmax(1) - target) ** 2
+    difference = (labels.probabilities(student(batch.unlabeled)) - target) ** 2
     expected = {
-        "supervised": trainer.loss(student(batch.image), batch.target),
-        "consistency": 0.7 * (difference.sum(1) * sure).sum() / (classes * sure.sum()),
+        "supervised": labels.dice_and_cross_entropy(student(batch.image), batch.target),
+        "consistency": 0.7 * (difference.sum(1) * sure).sum() / (labels.channels * sure.sum()),
     }
     assert_terms(groups, expected)
 
@@ -82,19 +84,20 @@ def test_dropout_makes_the_passes_of_uamt_differ(tiny_dataset):
         assert torch.equal(trainer.stochastic_pass(image), trainer.stochastic_pass(image))
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 3])
-def test_cps(tiny_dataset, size):
-    trainer = started(nnUNetTrainerCPS, tiny_dataset, cross_weight=0.7)
-    batch = random_batch(size)
+def test_cps(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerCPS, labels_dataset, cross_weight=0.7)
+    batch = labels.random_batch(size)
     groups = list(trainer.losses(batch))
     first, second = trainer.network, trainer.companions.student_2
-    labels = [network(batch.unlabeled).argmax(1, keepdim=True) for network in (first, second)]
-    assert not torch.equal(*labels)
+    hard = [labels.hard(network(batch.unlabeled)) for network in (first, second)]
+    assert not torch.equal(*hard)
     expected = {
-        "supervised": dice_and_cross_entropy(first(batch.image), batch.target),
-        "cross": 0.7 * cross_entropy(first(batch.unlabeled), labels[1]),
-        "supervised_2": dice_and_cross_entropy(second(batch.image), batch.target),
-        "cross_2": 0.7 * cross_entropy(second(batch.unlabeled), labels[0]),
+        "supervised": labels.dice_and_cross_entropy(first(batch.image), batch.target),
+        "cross": 0.7 * labels.cross_entropy(first(batch.unlabeled), hard[1]),
+        "supervised_2": labels.dice_and_cross_entropy(second(batch.image), batch.target),
+        "cross_2": 0.7 * labels.cross_entropy(second(batch.unlabeled), hard[0]),
     }
     assert_terms(groups, expected)
 
@@ -102,7 +105,7 @@ def test_cps(tiny_dataset, size):
 def test_each_student_of_cps_learns_from_its_own_terms_only(tiny_dataset):
     trainer = started(nnUNetTrainerCPS, tiny_dataset)
     networks = (trainer.network, trainer.companions.student_2)
-    for number, group in enumerate(trainer.losses(random_batch(2))):
+    for number, group in enumerate(trainer.losses(CLASSES.random_batch(2))):
         for network in networks:
             network.zero_grad()
         sum(group.values()).backward()
@@ -127,7 +130,7 @@ def test_the_unlabeled_weight_follows_the_ramp_and_the_supervised_one_does_not(t
     made = started(trainer, tiny_dataset, rampup=0.5, num_epochs=10, num_iterations_per_epoch=10, noise=0.0)
     if trainer is nnUNetTrainerUAMT:
         made.initial_threshold = 1.0  # every voxel counts at every step
-    batch = random_batch(2)
+    batch = CLASSES.random_batch(2)
     terms = {}
     for step in (0, 25, 50, 100):
         made.step = step
@@ -139,10 +142,11 @@ def test_the_unlabeled_weight_follows_the_ramp_and_the_supervised_one_does_not(t
             assert terms[step][name] == pytest.approx(full * (part if ramped else 1), rel=1e-4)
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_bcp_mixes_labeled_and_unlabeled_scans(tiny_dataset, size):
-    trainer = started(nnUNetTrainerBCP, tiny_dataset, pseudo_weight=0.3, box_side=0.6)
-    batch = random_batch(size)
+def test_bcp_mixes_labeled_and_unlabeled_scans(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerBCP, labels_dataset, pseudo_weight=0.3, box_side=0.6)
+    batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
 
@@ -150,23 +154,24 @@ def test_bcp_mixes_labeled_and_unlabeled_scans(tiny_dataset, size):
     half = (size + 1) // 2
     mask = box_mask(half, (16, 16, 16), side=0.6)
     student, teacher = trainer.network, trainer.companions.teacher
-    pseudo = teacher(batch.unlabeled_weak).argmax(1, keepdim=True)
+    pseudo = labels.hard(teacher(batch.unlabeled_weak))
     samples = [(i, mask[i]) for i in range(half)] + [(size - half + i, ~mask[i]) for i in range(half)]
     image = torch.stack([batch.image[i] * m + batch.unlabeled[i] * ~m for i, m in samples])
-    target = torch.stack([batch.target[i] * m + pseudo[i] * ~m for i, m in samples])
+    target = torch.stack([torch.where(m, batch.target[i], pseudo[i]) for i, m in samples])
     keep = torch.stack([m for _, m in samples])
     logits = student(image)
     expected = {
-        "labeled": dice_and_cross_entropy(logits, target, keep),
-        "pseudo": 0.3 * dice_and_cross_entropy(logits, target, ~keep),
+        "labeled": labels.dice_and_cross_entropy(logits, target, keep),
+        "pseudo": 0.3 * labels.dice_and_cross_entropy(logits, target, ~keep),
     }
     assert_terms(groups, expected)
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_bcp_begins_with_copy_paste_between_labeled_scans(tiny_dataset, size):
-    trainer = started(nnUNetTrainerBCP, tiny_dataset, pretraining=0.5, num_epochs=2, num_iterations_per_epoch=4)
-    batch = random_batch(size)
+def test_bcp_begins_with_copy_paste_between_labeled_scans(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerBCP, labels_dataset, pretraining=0.5, num_epochs=2, num_iterations_per_epoch=4)
+    batch = labels.random_batch(size)
     batch.unlabeled.requires_grad_()
     for step, pretraining in ((0, True), (3, True), (4, False), (7, False)):
         trainer.step = step
@@ -181,14 +186,14 @@ def test_bcp_begins_with_copy_paste_between_labeled_scans(tiny_dataset, size):
         mask = box_mask(size, (16, 16, 16), side=2 / 3)
         others = [(i - size // 2) % size for i in range(size)]
         image = batch.image * mask + batch.image[others] * ~mask
-        target = batch.target * mask + batch.target[others] * ~mask
-        assert_terms([terms], {"labeled": dice_and_cross_entropy(trainer.network(image), target), "pseudo": 0.0})
+        target = torch.where(mask, batch.target, batch.target[others])
+        assert_terms([terms], {"labeled": labels.dice_and_cross_entropy(trainer.network(image), target), "pseudo": 0.0})
 
 
 @pytest.mark.parametrize("trainer", [nnUNetTrainerBCP, nnUNetTrainerM3HL])
 def test_the_student_learns_from_cleaned_pseudo_labels_where_asked_to(tiny_dataset, monkeypatch, trainer):
     made = started(trainer, tiny_dataset, largest_component=True)
-    batch = random_batch(2)
+    batch = CLASSES.random_batch(2)
 
     def pseudo_loss(clean):
         monkeypatch.setitem(trainer.losses.__globals__, "keep_largest_component", clean)

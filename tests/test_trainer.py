@@ -247,33 +247,10 @@ def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_
 # ---- what is refused, before any epoch ----
 
 
-def with_labels(dataset, labels, regions_class_order=None):
-    description = json.loads((dataset / "dataset.json").read_text()) | {"labels": labels}
-    if regions_class_order:
-        description["regions_class_order"] = regions_class_order
-    return description
-
-
-@pytest.mark.parametrize(
-    ("labels", "order", "words"),
-    [
-        ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2], "region-based training"),
-        ({"background": 0, "blob": 1, "ignore": 2}, None, "the ignore label"),
-    ],
-)
-def test_unsupported_labels_are_refused_in_words(tiny_dataset, labels, order, words):
-    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-    description = with_labels(tiny_dataset, labels, order)
-    trainer = nnUNetTrainerM3HL(plans, "3d_fullres", 0, description, torch.device("cpu"))
-    with pytest.raises(NotImplementedError, match=f"nnUNetTrainerM3HL does not support {words} yet. Use nnUNetTrainer"):
+def test_cascades_are_refused_in_words(tiny_dataset):
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, is_cascaded=True)
+    with pytest.raises(NotImplementedError, match="nnUNetTrainerM3HL does not support cascades"):
         trainer.initialize()
-
-
-def test_cascades_and_several_gpus_are_refused_in_words(tiny_dataset):
-    for attribute, words in (("is_cascaded", "cascades"), ("is_ddp", "several GPUs")):
-        trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **{attribute: True})
-        with pytest.raises(NotImplementedError, match=words):
-            trainer.initialize()
 
 
 def copied(dataset, tmp_path, monkeypatch, folds):

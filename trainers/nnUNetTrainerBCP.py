@@ -13,7 +13,7 @@ import torch
 from nnunet_ssl.losses import masked_loss
 from nnunet_ssl.mixing import box_mask, mix, mix_halves
 from nnunet_ssl.networks import frozen_copy, logits, update_ema
-from nnunet_ssl.pseudo_labels import hard_labels, keep_largest_component
+from nnunet_ssl.pseudo_labels import keep_largest_component
 from nnunet_ssl.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -45,7 +45,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
             }
             return
         with torch.no_grad():
-            pseudo = hard_labels(logits(self.companions.teacher, batch.unlabeled_weak))
+            pseudo = self.hard_labels(logits(self.companions.teacher, batch.unlabeled_weak))
         if self.largest_component:
             pseudo = keep_largest_component(pseudo)
         mask = box_mask((size + 1) // 2, patch, side=self.box_side, device=device)

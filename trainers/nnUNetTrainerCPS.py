@@ -9,7 +9,6 @@ import torch
 
 from nnunet_ssl.losses import full_resolution, reweighted
 from nnunet_ssl.networks import logits, reinitialized_copy
-from nnunet_ssl.pseudo_labels import hard_labels
 from nnunet_ssl.schedules import sigmoid_rampup
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -29,11 +28,11 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
         weight = self.cross_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
         # one more forward pass instead of two graphs in memory at the same time
         with torch.no_grad():
-            labels_of_second = hard_labels(logits(second, batch.unlabeled))
+            labels_of_second = self.hard_labels(logits(second, batch.unlabeled))
 
         yield {"supervised": self.loss(first(batch.image), batch.target)}
         output = logits(first, batch.unlabeled)
-        labels_of_first = hard_labels(output)
+        labels_of_first = self.hard_labels(output)
         yield {"cross": weight * cross_entropy(output, labels_of_second)}
         del output
 

@@ -17,9 +17,16 @@ import torch
 
 from nnunet_ssl.losses import full_resolution, probability_mse, reweighted
 from nnunet_ssl.mixing import box_mask, mix
-from nnunet_ssl.networks import frozen_copy, logits, trainable_copy, update_ema, update_weighted_ema, with_interpolation
+from nnunet_ssl.networks import (
+    frozen_copy,
+    logits,
+    require_stages,
+    trainable_copy,
+    update_ema,
+    update_weighted_ema,
+    with_interpolation,
+)
 from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.pseudo_labels import hard_labels, one_hot
 from nnunet_ssl.schedules import sigmoid_rampup, warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -44,6 +51,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
         companions = {"teacher": frozen_copy(self.network)}
         if self.student_backbones == "same":
             return {"student_2": trainable_copy(self.network), **companions}
+        require_stages(self.network, 'student_backbones = "different"')
         # weights of different networks cannot be averaged by name: an ensemble of two teachers instead
         second = with_interpolation(self.network)
         return {"student_2": second, **companions, "teacher_2": frozen_copy(second)}
@@ -57,16 +65,16 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
         with torch.no_grad():
             soft = self.teach(batch.unlabeled_weak)
             # one more forward pass of student 2 instead of two graphs in memory at the same time
-            peer = hard_labels(logits(students[1], noisy[1]))
-        pseudo = soft.argmax(1, keepdim=True).to(torch.int16)
-        truth = one_hot(batch.labels, soft.shape[1])
+            peer = self.hard_labels(logits(students[1], noisy[1]))
+        pseudo = self.hard_labels(soft - 0.5)
+        truth, annotated = self.as_probabilities(batch.labels, soft.shape[1])
 
         for number, student in enumerate(students, start=1):
             output = student(add_noise(batch.image, self.noise))
             yield {f"supervised_{number}": supervised(output, batch.target)}  # Eq. 3
 
             output = logits(student, noisy[number - 1])
-            own = hard_labels(output)
+            own = self.hard_labels(output)
             yield {
                 f"cross_{number}": ramp * self.unlabeled_weight * dice(output, peer),  # Eq. 4-6
                 f"teacher_{number}": ramp * self.unlabeled_weight * dice(output, pseudo),  # Eq. 7-9
@@ -76,17 +84,20 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
 
             # INDMIX: the box of an unlabeled scan in a labeled one for student 1, the reverse for student 2
             mask = box_mask(len(batch.image), batch.image.shape[2:], side=self.box_side, device=batch.image.device)
-            image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=number == 2)
+            reverse = number == 2
+            image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=reverse)
+            counts = annotated | (mask if reverse else ~mask)  # every voxel of the unlabeled scan does
             output = logits(student, add_noise(image, self.noise))
-            yield {f"mix_{number}": ramp * self.mix_weight * probability_mse(output, target)}  # OUTDMIX, Eq. 15-17
-            del output, image, target
+            difference = probability_mse(self.probabilities(output), target, counts)
+            yield {f"mix_{number}": ramp * self.mix_weight * difference}  # OUTDMIX, Eq. 15-17
+            del output, image, target, difference
 
     def teach(self, image):
         """Probabilities of the teacher, or of the two teachers weighted by alpha and beta, in fp32."""
-        soft = logits(self.companions.teacher, image).float().softmax(1)
+        soft = self.probabilities(logits(self.companions.teacher, image))
         if self.student_backbones == "same":
             return soft
-        second = logits(self.companions.teacher_2, image).float().softmax(1)
+        second = self.probabilities(logits(self.companions.teacher_2, image))
         return (self.alpha * soft + self.beta * second) / (self.alpha + self.beta)
 
     def after_step(self):

@@ -10,8 +10,8 @@ import torch
 
 from nnunet_ssl.losses import feature_cosine, feature_l1, masked_loss
 from nnunet_ssl.mixing import block_mask, halves, mix_halves
-from nnunet_ssl.networks import forward_with_features, frozen_copy, update_ema
-from nnunet_ssl.pseudo_labels import hard_labels, keep_largest_component
+from nnunet_ssl.networks import forward_with_features, frozen_copy, require_stages, update_ema
+from nnunet_ssl.pseudo_labels import keep_largest_component
 from nnunet_ssl.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -31,12 +31,14 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     def build_companions(self):
         if self.feature_pairs not in ("all", "matched"):
             raise ValueError(f'feature_pairs is "all" or "matched", not {self.feature_pairs!r}.')
+        if self.feature_weight:
+            require_stages(self.network, "The feature consistency of M3HL")
         return {"teacher": frozen_copy(self.network)}
 
     def losses(self, batch):
         with torch.no_grad():
             output, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
-            pseudo = hard_labels(output[0] if isinstance(output, list) else output)
+            pseudo = self.hard_labels(output[0] if isinstance(output, list) else output)
         if self.largest_component:
             pseudo = keep_largest_component(pseudo)
         target_features = [halves(f) for f in features]

@@ -7,15 +7,13 @@ of the training (released: all of it), and the weight is doubled because nnU-Net
 code's supervised loss.
 """
 
-from math import log
-
 import torch
 import torch.nn.functional as F
 
 from nnunet_ssl.losses import probability_mse
-from nnunet_ssl.networks import forward_with_features, frozen_copy, logits, update_ema
+from nnunet_ssl.networks import forward_with_features, frozen_copy, logits, require_stages, update_ema
 from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.pseudo_labels import entropy
+from nnunet_ssl.pseudo_labels import uncertainty
 from nnunet_ssl.schedules import sigmoid_rampup, warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -33,18 +31,21 @@ class nnUNetTrainerUAMT(SemiSupervisedTrainer):
     weak_view = True
 
     def build_companions(self):
+        require_stages(self.network, "The dropout of UA-MT")
         return {"teacher": frozen_copy(self.network)}
 
     def losses(self, batch):
         yield {"supervised": self.loss(self.network(batch.image), batch.target)}
         with torch.no_grad():
-            target = logits(self.companions.teacher, add_noise(batch.unlabeled_weak, self.noise)).float().softmax(1)
+            output = logits(self.companions.teacher, add_noise(batch.unlabeled_weak, self.noise))
+            target = self.probabilities(output)
             mean = sum(self.stochastic_pass(batch.unlabeled_weak) for _ in range(self.passes)) / self.passes
             rise = (1 - self.initial_threshold) * sigmoid_rampup(self.step, self.max_steps)
-            sure = entropy(mean) < (self.initial_threshold + rise) * log(mean.shape[1])
+            sure = uncertainty(mean, regions=self.label_manager.has_regions) < self.initial_threshold + rise
             del mean
         weight = self.consistency_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
-        yield {"consistency": weight * probability_mse(logits(self.network, batch.unlabeled), target, sure)}
+        output = logits(self.network, batch.unlabeled)
+        yield {"consistency": weight * probability_mse(self.probabilities(output), target, sure)}
 
     def stochastic_pass(self, image):
         """Probabilities of the teacher with noise on the input and dropout at the bottleneck."""
@@ -53,7 +54,7 @@ class nnUNetTrainerUAMT(SemiSupervisedTrainer):
             return [*skips[:-1], F.dropout(skips[-1], self.dropout)]
 
         output, _ = forward_with_features(self.companions.teacher, add_noise(image, self.noise), drop)
-        return (output[0] if isinstance(output, list) else output).float().softmax(1)
+        return self.probabilities(output[0] if isinstance(output, list) else output)
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))
