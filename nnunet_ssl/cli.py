@@ -87,6 +87,31 @@ def _pseudo_label(options) -> None:
     )
 
 
+def _export(options) -> None:
+    from nnunet_ssl.export import export_model
+
+    exported = export_model(
+        options.dataset,
+        options.configuration,
+        options.trainer,
+        options.output,
+        options.folds,
+        options.plans,
+        options.checkpoint,
+        options.network,
+    )
+    networks = ", ".join(f"{fold}: {network}" for fold, network in exported.items())
+    print(f"Wrote {options.output} ({networks}) as a model of nnUNetTrainer. Plain nnU-Net predicts with it:")
+    if options.output.suffix.lower() == ".zip":
+        print(
+            f"  nnUNetv2_install_pretrained_model_from_zip {options.output}\n"
+            f"where it takes the place of a model of nnUNetTrainer for the same dataset, if there is one."
+        )
+    else:
+        folds = " ".join(fold.removeprefix("fold_") for fold in exported)
+        print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} -f {folds} -i IN -o OUT")
+
+
 def _doctor(options) -> int:
     from nnunet_ssl.doctor import doctor
 
@@ -163,6 +188,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
     sub.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
     sub.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+
+    sub = command("export", _export, "Write a trained model that plain nnU-Net predicts with.")
+    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    sub.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
+    sub.add_argument("-tr", dest="trainer", required=True, help="trainer of the model, one of ours")
+    sub.add_argument("-o", dest="output", type=Path, required=True, help="new model folder, or a file ending in .zip")
+    sub.add_argument("-f", dest="folds", type=_fold, nargs="+", help="folds (default: all that are trained)")
+    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
+    sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    sub.add_argument("--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)")
 
     sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
     sub.add_argument("-d", dest="dataset", help="dataset name or id")

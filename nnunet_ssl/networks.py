@@ -31,18 +31,6 @@ def trainable_copy(network: nn.Module) -> nn.Module:
     return deepcopy(unwrap(network))
 
 
-def reinitialized_copy(network: nn.Module) -> nn.Module:
-    """A network of the same architecture with its own random weights, drawn as nnU-Net draws them (a second student).
-
-    Independent of the weights of `network`, also where they were loaded by -pretrained_weights.
-    """
-    copy = deepcopy(unwrap(network))
-    for module in copy.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return copy.apply(copy.initialize)
-
-
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher = decay * teacher + (1 - decay) * student, for every parameter exactly once; buffers are copied.
 

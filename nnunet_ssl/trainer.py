@@ -93,6 +93,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
         return pseudo_labels.as_probabilities(labels, channels, regions=regions, ignore_label=ignore_label)
 
+    def new_network(self) -> nn.Module:
+        """A further network, built and randomly initialised as nnU-Net does with the first one."""
+        labels, deep = self.label_manager, self.enable_deep_supervision
+        network = self.build_network_architecture(
+            self.plans_manager, self.configuration_manager, self.num_input_channels, labels.num_segmentation_heads, deep
+        )
+        return network.to(self.device)
+
     # ---- set-up ----
 
     def __init__(
@@ -195,16 +203,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
+        labels = {
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+        mask = self.configuration_manager.use_mask_for_norm
         transforms = self.get_training_transforms(
-            patch_size,
-            rotation,
-            scales,
-            mirror_axes,
-            dummy_2d,
-            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-            foreground_labels=self.label_manager.foreground_labels,
+            patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=mask, **labels
         )
-        val_transforms = self.get_validation_transforms(scales, foreground_labels=self.label_manager.foreground_labels)
+        val_transforms = self.get_validation_transforms(scales, **labels)
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         files = self.unlabeled_files(dataset_tr.identifiers, dataset_val.identifiers)
 
@@ -381,6 +389,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
         if self.local_rank != 0:
             return
+        for logger in self.logger.loggers:  # Weights & Biases, where nnU-Net has it enabled
+            for name, value in means.items():
+                logger.log(f"losses/{name}", value, self.current_epoch)
         self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         path = Path(self.output_folder) / "losses.csv"
         new = not path.is_file()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from equations import CLASSES, EVERY_KIND, assert_terms, started
-from training import seed
+from training import make_trainer, seed
 
 from nnunet_ssl.mixing import box_mask
 from nnunet_ssl.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
@@ -115,10 +115,11 @@ def test_each_student_of_cps_learns_from_its_own_terms_only(tiny_dataset):
 
 def test_the_students_of_cps_start_from_independent_weights(tiny_dataset):
     seed()
-    trainer = nnUNetTrainerCPS
-    made = started(trainer, tiny_dataset)
+    made = make_trainer(nnUNetTrainerCPS, tiny_dataset)
+    made.initialize()
     first, second = (torch.cat([c.weight.detach().flatten() for c in convolutions(n)]) for n in made.students())
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.05
+    assert second.std() == pytest.approx(first.std().item(), rel=0.05)  # as nnU-Net draws them
 
 
 def convolutions(network):

@@ -8,7 +8,7 @@ the paper's (1.5). The first student is deployed. With -pretrained_weights only 
 import torch
 
 from nnunet_ssl.losses import full_resolution, reweighted
-from nnunet_ssl.networks import logits, reinitialized_copy
+from nnunet_ssl.networks import logits
 from nnunet_ssl.schedules import sigmoid_rampup
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -20,7 +20,7 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
     rampup = 0.4  # part of the training after which the cross weight is full
 
     def build_companions(self):
-        return {"student_2": reinitialized_copy(self.network)}
+        return {"student_2": self.new_network()}
 
     def losses(self, batch):
         first, second = self.network, self.companions.student_2
