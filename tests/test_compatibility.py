@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.dummy
 import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -348,3 +349,82 @@ def test_best_configuration_and_ensemble_of_two_trainers(tiny_dataset, in_proces
     names = list(information["all_results"])
     assert len(names) == 3  # both and their ensemble
     assert any("M3" in name and "MeanTeacher" in name for name in names)
+
+
+# ---- nnU-Net itself, and the table of all this ----
+
+STOCK = """
+import json, random, sys
+from pathlib import Path
+{block}
+import numpy as np, torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform, blur_dimension
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+GaussianBlurTransform._benchmark_wrapper = staticmethod(blur_dimension)  # it takes the faster of two ways
+torch.set_num_threads(1)
+torch.manual_seed(0), np.random.seed(0), random.seed(0)
+folder = Path(sys.argv[1])
+plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {{"continue_training": False}}
+dataset = json.loads((folder / "dataset.json").read_text())
+stock = recursive_find_trainer_class_by_name("nnUNetTrainer")
+trainer = stock(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
+trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 3, 1
+trainer.run_training()
+predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+image = np.random.default_rng(0).standard_normal((1, 24, 20, 22)).astype(np.float32)
+labels = predictor.predict_single_npy_array(image, {{"spacing": [1.0, 1.0, 1.0]}})
+state = torch.load(trainer.output_folder + "/checkpoint_final.pth", weights_only=False)
+loaded = sorted(name for name in sys.modules if name.startswith("nnunet_ssl") and sys.modules[name])
+Path(sys.argv[2]).write_text(json.dumps([
+    trainer.logger.get_value("train_losses", None), labels.tolist(), sorted(state),
+    [w.double().sum().item() for w in state["network_weights"].values()], loaded,
+], default=float))
+"""
+
+
+def test_the_stock_trainer_is_as_it_was(tiny_dataset, tmp_path):
+    """Its losses, weights, checkpoint and prediction are the same bits where our package is hidden."""
+    results = []
+    for block, registered in (("", "0"), ("sys.modules['nnunet_ssl'] = None", "1")):
+        environment = {**os.environ, "NNUNET_SSL_NO_AUTOREGISTER": registered}
+        if registered == "1":
+            environment.pop("nnUNet_extTrainer")
+        environment["nnUNet_results"] = str(tmp_path / f"results{registered}")
+        file = tmp_path / f"{registered}.json"
+        command = [sys.executable, "-c", STOCK.format(block=block), str(tiny_dataset), str(file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        *values, loaded = json.loads(file.read_text())
+        assert "nnunet_ssl.trainer" not in loaded
+        results.append(values)
+    assert results[0] == results[1]
+
+
+def test_the_table_names_a_test_for_every_trainer_and_feature():
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tests.parent).stdout.splitlines()
+    collected = {}  # file::function to the sets of its parameters
+    for name in (line.removeprefix("tests/") for line in listed if "::" in line):
+        function, _, parameters = name.partition("[")
+        collected.setdefault(function, []).append(set(parameters.rstrip("]").split("-")))
+    lines = (tests.parent / "docs" / "compatibility.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    trainers = rows[0][2:]
+    assert {f"nnUNetTrainer{name}" for name in trainers} == {t.__name__ for t in every_trainer()}
+    named = set()
+    for _, test, *cells in (row for row in rows if "::" in row[1]):
+        test = test.strip("`")
+        named.add(test)
+        assert test in collected, f"{test} does not exist"
+        source = (tests / test.partition("::")[0]).read_text().partition(f"def {test.partition('::')[2]}(")[2]
+        for name, cell in zip(trainers, cells, strict=False):
+            assert cell in ("yes", "refused")
+            assert any(f"nnUNetTrainer{name}" in parameters for parameters in collected[test]), f"{test}: {name}"
+            if cell == "refused":
+                assert "pytest.raises(NotImplementedError" in source.partition("\n\n\n")[0]
+    own = {test for test in collected if test.startswith("test_compatibility.py")}
+    assert own - named == {"test_compatibility.py::test_the_table_names_a_test_for_every_trainer_and_feature"}

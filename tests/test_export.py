@@ -157,7 +157,7 @@ def test_a_zip_file_is_replaced_as_a_whole(trained, tmp_path):
     [
         (
             "-tr nnUNetTrainerM3 -f 3",
-            "fold_3/checkpoint_final.pth is missing. Train it first: nnUNetv2_train 701 3d_fu",
+            "fold_3/checkpoint_final.pth is missing. Train it first: nnUNetv2_train 701 3d",
         ),
         ("-tr nnUNetTrainerM3 --network student_2", "has no network 'student_2'; it has student, teacher."),
         ("-tr nnUNetTrainer_1epoch", "is missing. Train it first"),
@@ -183,7 +183,7 @@ def test_a_stock_model_and_another_architecture_are_refused(trained, tmp_path, m
     model = model_folder(trained, "nnUNetTrainer")
     (model / "fold_0").mkdir(parents=True)
     torch.save({"network_weights": {}}, model / "fold_0/checkpoint_final.pth")
-    with pytest.raises(ValueError, match="was not written by one of our trainers. Use nnUNetv2_export_model_to_zip"):
+    with pytest.raises(ValueError, match=r"was not written by one of our trainers.* Use nnUNetv2_export_model_to_zip"):
         export_model("701", "3d_fullres", "nnUNetTrainer", tmp_path / "out")
 
     class Other(nnUNetTrainer):
