@@ -6,8 +6,6 @@ are those of Yu et al., "Uncertainty-aware self-ensembling model", MICCAI 2019, 
 semi-supervised literature since.
 """
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2 import paths
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from tqdm import tqdm
 
+from nnunet_ssl.dataset_conversion.staging import staging, target_folder
 from nnunet_ssl.splits import check_splits, save_splits
 
 VAL_CASES = 8  # cases at the end of the training list that every fold validates on
@@ -78,18 +76,10 @@ def convert(
     (preprocessed data is then out of date: preprocess again).
     Raises: ValueError, FileNotFoundError or FileExistsError in words, before the dataset is touched.
     """
-    if not 1 <= dataset_id <= 999:
-        raise ValueError(f"Dataset id {dataset_id} is not possible: nnU-Net's ids go from 1 to 999.")
     if crop_margin is not None and crop_margin < 0:
         raise ValueError(f"--crop-margin {crop_margin} is negative: give the margin in voxels, for example 20.")
-    name = f"Dataset{dataset_id:03d}_LA"
-    raw = Path(paths.nnUNet_raw) / name
-    splits = Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
-    others = sorted({str(other) for other in find_candidate_datasets(dataset_id)} - {name})
-    if others:
-        raise FileExistsError(f"Dataset id {dataset_id} is taken by {', '.join(others)}: choose another id.")
-    if raw.exists() and any(raw.iterdir()) and not overwrite:
-        raise FileExistsError(f"{raw} is not empty: choose another id, or pass --overwrite to replace it.")
+    raw = target_folder(dataset_id, "LA", overwrite)
+    splits = Path(paths.nnUNet_preprocessed) / raw.name / "splits_final.json"
 
     train, test = _read_lists(train_list, test_list)
     train, test = _drop_missing(source, train, test, allow_missing)
@@ -102,35 +92,29 @@ def convert(
             "comparable. Give every case the same layout."
         )
 
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    # A hidden sibling on the same disk: nnU-Net never sees half a dataset, and bad input leaves nothing behind.
-    with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".la-") as folder:
-        staging = Path(folder)
+    with staging(raw) as folder:
         jobs = [("Tr", case) for case in train] + [("Ts", case) for case in test]
         for suffix in ("Tr", "Ts"):
-            (staging / f"images{suffix}").mkdir()
-            (staging / f"labels{suffix}").mkdir()
-        for suffix, case in tqdm(jobs, desc=name, unit="case"):
+            (folder / f"images{suffix}").mkdir()
+            (folder / f"labels{suffix}").mkdir()
+        for suffix, case in tqdm(jobs, desc=raw.name, unit="case"):
             image, label = read_case(source / case)
             if crop_margin is not None:
                 image, label = crop_in_plane(image, label, crop_margin, case)
-            sitk.WriteImage(image, staging / f"images{suffix}" / f"{case}_0000.nii.gz")
-            sitk.WriteImage(label, staging / f"labels{suffix}" / f"{case}.nii.gz")
+            sitk.WriteImage(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
+            sitk.WriteImage(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
         generate_dataset_json(
-            str(staging),
+            str(folder),
             channel_names={0: "MRI"},
             labels={"background": 0, "left atrium": 1},
             num_training_cases=len(train),
             file_ending=".nii.gz",
-            dataset_name=name,
+            dataset_name=raw.name,
             reference="https://www.cardiacatlas.org/atriaseg2018-challenge/",
             license="see the terms of the challenge",
             description=_description(layouts.pop(), crop_margin),
             converted_by="nnunet-ssl",
         )
-        raw.mkdir(exist_ok=True)
-        for written in staging.iterdir():
-            _replace(written, raw / written.name)
     save_splits(splits, folds, overwrite)
     return raw
 
@@ -290,9 +274,3 @@ def _description(layout: str | None, crop_margin: int | None) -> str:
     if crop_margin is None:
         return text
     return f"{text}, cropped in-plane around each case's reference segmentation (margin {crop_margin} voxels)"
-
-
-def _replace(new: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    new.replace(target)

@@ -123,6 +123,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # in place: the optimizer holds the parameters of those that are trained
         for name, network in self.build_companions().items():
             getattr(self.companions, name).load_state_dict(network.state_dict())
+        self._synchronize_companions()
 
     @property
     def max_steps(self) -> int:
@@ -133,14 +134,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._refuse_unsupported()
         super().initialize()
         self.companions = SimpleNamespace(**self.build_companions())
-        if self.is_ddp:
-            self._synchronize_companions()
+        self._synchronize_companions()
         for student in self.students()[1:]:
             self.optimizer.add_param_group({"params": list(student.parameters())})
 
     def _synchronize_companions(self) -> None:
-        """Gives every rank the companions of rank 0, as nnU-Net does with its network."""
-        for network in vars(self.companions).values():
+        """On several GPUs, gives every rank the companions of rank 0, as nnU-Net does with its network."""
+        for network in vars(self.companions).values() if self.is_ddp else ():
             for tensor in network.state_dict().values():
                 dist.broadcast(tensor, 0)
 

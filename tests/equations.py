@@ -10,12 +10,12 @@ from nnunet_ssl.data import Batch
 
 
 def started(trainer, dataset, **settings):
-    """A trainer without deep supervision at the end of its training; its teachers differ from the students."""
+    """A trainer without deep supervision before its last step; its teachers differ from the students."""
     seed()
     made = make_trainer(trainer, dataset, **{"enable_deep_supervision": False, **settings})
     made.on_train_start()
     made.network.train()
-    made.step = made.max_steps
+    made.step = made.max_steps - 1
     with torch.no_grad():
         for companion in vars(made.companions).values():
             for parameter in companion.parameters():

@@ -34,6 +34,7 @@ from nnunet_ssl.preprocessing import preprocess_unlabeled
 from nnunet_ssl.splits import save_splits
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 
+pytestmark = pytest.mark.slow
 every = pytest.mark.parametrize("trainer_class", every_trainer())
 
 

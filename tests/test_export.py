@@ -15,6 +15,8 @@ from training import every_trainer, make_trainer, seed
 from nnunet_ssl.cli import main
 from nnunet_ssl.export import PROVENANCE_KEY, export_model
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "nnUNetTrainerCoLearning": {"student", "student_2", "teacher"},
     "nnUNetTrainerCPS": {"student", "student_2"},

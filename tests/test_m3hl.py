@@ -16,7 +16,13 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainer
 @pytest.mark.parametrize("pairs", ["all", "matched"])
 def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs):
     trainer = started(
-        nnUNetTrainerM3HL, labels_dataset, feature_pairs=pairs, pseudo_weight=0.3, feature_weight=0.7, mask_cells=2
+        nnUNetTrainerM3HL,
+        labels_dataset,
+        feature_pairs=pairs,
+        pseudo_weight=0.3,
+        feature_weight=0.7,
+        mask_cells=2,
+        unmixed=0.0,
     )
     batch = labels.random_batch(size)
     seed(5)
@@ -57,12 +63,34 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs):
     assert_terms(groups, expected)
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerM3HL, labels_dataset, pseudo_weight=0.3, unmixed=0.25, num_epochs=4)
+    batch = labels.random_batch(size)
+    half = (size + 1) // 2
+    teacher, student = trainer.companions.teacher, trainer.network
+    for step, mixed in ((0, True), (5, True), (6, False), (7, False)):  # of 8
+        trainer.step = step
+        (terms,) = trainer.losses(batch)
+        assert (terms["low"] > 0) == (terms["high"] > 0) == mixed
+        if not mixed:
+            image = torch.cat([batch.image[:half], batch.unlabeled[size - half :]])
+            pseudo = labels.hard(teacher(batch.unlabeled_weak[size - half :]))
+            logits = student(image)
+            expected = {
+                "labeled": labels.dice_and_cross_entropy(logits[:half], batch.target[:half]),
+                "pseudo": 0.3 * labels.dice_and_cross_entropy(logits[half:], pseudo),
+            }
+            assert_terms([terms], {**expected, "low": 0.0, "high": 0.0})
+
+
 def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(tiny_dataset, monkeypatch):
-    trainer = started(nnUNetTrainerM3HL, tiny_dataset, feature_weight=0.0, pseudo_weight=0.0)
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset, feature_weight=0.0, pseudo_weight=0.0, unmixed=0.0)
     batch = CLASSES.random_batch(2)
     everything = torch.ones(2, 1, 16, 16, 16, dtype=torch.bool)
     nothing_mixed = batch.image, batch.labels, everything
-    monkeypatch.setitem(type(trainer).losses.__globals__, "mix_halves", lambda *args: nothing_mixed)
+    monkeypatch.setitem(type(trainer).mixed.__globals__, "mix_halves", lambda *args: nothing_mixed)
     (terms,) = trainer.losses(batch)
     sum(terms.values()).backward()
     gradients = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]

@@ -12,6 +12,8 @@ from two_processes import SAMPLE_WISE, STEPS, joint_batch
 
 from nnunet_ssl.networks import average_gradients
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_dataset, tmp_path_factory):

@@ -46,6 +46,7 @@ def whole_training(trainer_class, dataset, file, rank):
     """The stock loop; a rank has its own crops, masks and, but for nnU-Net's broadcast, its own random weights."""
     seed(rank)
     trainer = on_cpu(trainer_class, dataset, num_epochs=1, num_iterations_per_epoch=STEPS)
+    trainer.initialize()  # before the start, as nnU-Net does for -pretrained_weights: companions are made anew
     trainer.run_training()
     assert trainer.batch_size == 1  # of 2
     assert trainer.step == STEPS

@@ -22,6 +22,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
     mask_ratio = 0.5  # part of the cells that half a takes from unlabeled images; half b has the complement
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
+    unmixed = 0.4  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
     largest_component = False  # clean pseudo labels: keep the largest component per class
@@ -36,19 +37,19 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         return {"teacher": frozen_copy(self.network)}
 
     def losses(self, batch):
-        with torch.no_grad():
-            output, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
-            pseudo = self.hard_labels(output[0] if isinstance(output, list) else output)
-        if self.largest_component:
-            pseudo = keep_largest_component(pseudo)
-        target_features = [halves(f) for f in features]
-
         half = (len(batch.image) + 1) // 2
-        mask = block_mask(
-            half, batch.image.shape[2:], cells=self.mask_cells, ratio=self.mask_ratio, device=batch.image.device
-        )
+        if self.step < (1 - self.unmixed) * self.max_steps:
+            yield self.mixed(batch, half)
+        else:
+            yield self.whole(batch, half)
+
+    def mixed(self, batch, half):
+        """Terms of the paper: half a and half b mixed by masks and their complements."""
+        pseudo, target_features = self.teach(batch.unlabeled_weak, self.feature_weight > 0)
+        size, device = batch.image.shape[2:], batch.image.device
+        mask = block_mask(half, size, cells=self.mask_cells, ratio=self.mask_ratio, device=device)
         image, target, mask = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
-        output, features = self.forward(self.network, image)
+        output, features = self.forward(self.network, image, self.feature_weight > 0)
         terms = {
             "labeled": masked_loss(self.loss, output, target, mask),
             "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask),
@@ -58,20 +59,44 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
             pairs = [(a, a), (b, b)] + ([(a, b), (b, a)] if self.feature_pairs == "all" else [])
             # the terms above are means over both halves where Eq. 3 has sums: hence 1/2
             weight = self.feature_weight / 2 / len(pairs)
-            (low, high), (target_low, target_high) = features, target_features
+            (low, high), (target_low, target_high) = features, map(halves, target_features)
             terms["low"] = weight * sum(feature_l1(low[s], target_low[t]) for s, t in pairs)
             terms["high"] = weight * sum(feature_cosine(high[s], target_high[t]) for s, t in pairs)
-        yield terms
+        return terms
 
-    def forward(self, network, image):
-        """Output and the two feature taps: after the first downsampling and at the bottleneck; none if unused."""
-        if not self.feature_weight:
+    def whole(self, batch, half):
+        """The same terms of unmixed patches: half a is labeled scans, half b is unlabeled ones."""
+        pseudo, _ = self.teach(batch.unlabeled_weak[-half:], False)
+        output = self.network(torch.cat([batch.image[:half], batch.unlabeled[-half:]]))
+        everything = torch.ones_like(batch.image[:half, :1], dtype=torch.bool)
+        terms = {
+            "labeled": masked_loss(self.loss, rows(output, slice(0, half)), batch.labels[:half], everything),
+            "pseudo": self.pseudo_weight * masked_loss(self.loss, rows(output, slice(half, None)), pseudo, everything),
+        }
+        features = {"low": batch.image.new_zeros(()), "high": batch.image.new_zeros(())}
+        return terms | features if self.feature_weight else terms
+
+    def teach(self, image, with_features):
+        """The teacher's hard labels and, if asked for, its features."""
+        with torch.no_grad():
+            output, features = self.forward(self.companions.teacher, image, with_features)
+            pseudo = self.hard_labels(output[0] if isinstance(output, list) else output)
+        return keep_largest_component(pseudo) if self.largest_component else pseudo, features
+
+    def forward(self, network, image, with_features):
+        """Output and, if asked for, the two feature taps: after the first downsampling and at the bottleneck."""
+        if not with_features:
             return network(image), []
         output, skips = forward_with_features(network, image)
         return output, [skips[1], skips[-1]]
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))
+
+
+def rows(output, samples):
+    """Some samples of an output, with deep supervision at every scale."""
+    return [scale[samples] for scale in output] if isinstance(output, list) else output[samples]
 
 
 class nnUNetTrainerM3(nnUNetTrainerM3HL):

@@ -1,0 +1,259 @@
+"""The Automated Cardiac Diagnosis Challenge (ACDC) as an nnU-Net dataset, with its cine frames as unlabeled scans.
+
+Bernard et al., "Deep learning techniques for automatic MRI cardiac multi-structures segmentation and diagnosis", IEEE
+TMI 2018, doi:10.1109/TMI.2018.2837502. The 70, 10 and 20 patients for training, validation and testing are those of the
+SSL4MIS benchmark and of the semi-supervised literature since.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2 import paths
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from tqdm import tqdm
+
+from nnunet_ssl.dataset_conversion.staging import staging, target_folder
+from nnunet_ssl.splits import check_splits, save_splits
+
+VAL_PATIENTS = [28, 85, 82, 87, 19, 30, 78, 45, 2, 39]
+TEST_PATIENTS = [11, 13, 84, 33, 93, 22, 68, 24, 83, 81, 80, 1, 7, 66, 8, 65, 75, 64, 59, 52]
+# The order matters: the first 3, 7 or 14 training patients are the labeled ones of the literature; the others follow by
+# their number.
+FIRST_PATIENTS = [99, 38, 50, 100, 58, 21, 49, 20, 72, 40, 60, 89, 4, 56]
+TRAIN_PATIENTS = FIRST_PATIENTS + [
+    number for number in range(1, 101) if number not in FIRST_PATIENTS + VAL_PATIENTS + TEST_PATIENTS
+]
+LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
+
+
+class Patient(NamedTuple):
+    """The files of one patient: per annotated frame (diastole, systole) image and label, and the whole cine series."""
+
+    frames: dict[int, tuple[Path, Path]]
+    cine: Path | None
+
+
+def convert(
+    source: Path,
+    dataset_id: int,
+    labeled: Sequence[int] = (7, 3, 14),
+    cine_frames: int | None = 0,
+    allow_missing: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Converts ACDC to `nnUNet_raw/DatasetXXX_ACDC` with one fold per number of labeled patients, and one of all.
+
+    A case is an annotated frame, named by its true number: `patient099_frame09`. A patient's two frames are always on
+    the same side of a split. Cine frames go to imagesUn; they come from training patients only, never from those for
+    validation or testing.
+
+    Args:
+        source: the challenge's folder, or its `training` or `database/training` folder. Per patient a folder with
+            `Info.cfg`, `patientXXX_frameNN.nii.gz`, `patientXXX_frameNN_gt.nii.gz` and, for cine frames,
+            `patientXXX_4d.nii.gz`; the files may be unpacked (.nii).
+        dataset_id: of the new dataset.
+        labeled: patients with labels, one fold per number.
+        cine_frames: frames without annotation that are written per training patient, evenly spread over the cycle;
+            None: all of them. 0 makes no imagesUn.
+        allow_missing: go on when listed patients are not there.
+        overwrite: replace an earlier conversion. imagesUn stays as it was where no cine frames are written.
+
+    Returns:
+        The raw dataset's folder. It appears only when every case was converted.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: in words, before the dataset is touched.
+    """
+    if cine_frames is not None and cine_frames < 0:
+        raise ValueError(f"--cine-frames {cine_frames} is negative: give a number of frames per patient, or all.")
+    raw = target_folder(dataset_id, "ACDC", overwrite)
+    splits = Path(paths.nnUNet_preprocessed) / raw.name / "splits_final.json"
+    patients = _find_patients(_root(source), allow_missing)
+    folds = make_folds({number: case_names(number, patient) for number, patient in patients.items()}, labeled)
+    check_splits(splits, folds, overwrite)
+    train = [number for number in TRAIN_PATIENTS if number in patients]
+    if cine_frames != 0:
+        without = [f"patient{number:03d}" for number in train if patients[number].cine is None]
+        if without:
+            raise FileNotFoundError(
+                f"{len(without)} training patients have no patientXXX_4d.nii.gz, which --cine-frames reads: "
+                f"{', '.join(without[:5])}."
+            )
+
+    with staging(raw) as folder:
+        for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs", *(["imagesUn"] if cine_frames != 0 else [])):
+            (folder / name).mkdir()
+        moved = []
+        for number, patient in tqdm(patients.items(), desc=raw.name, unit="patient"):
+            suffix = "Ts" if number in TEST_PATIENTS else "Tr"
+            for case, files in zip(case_names(number, patient), patient.frames.values(), strict=True):
+                image, label = read_case(*files)
+                sitk.WriteImage(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
+                sitk.WriteImage(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
+            if cine_frames != 0 and number in train:
+                frames, same = read_cine(patient, cine_frames)
+                moved += [] if same else [f"patient{number:03d}"]
+                for frame, image in frames.items():
+                    sitk.WriteImage(image, folder / "imagesUn" / f"patient{number:03d}_frame{frame:02d}_0000.nii.gz")
+        generate_dataset_json(
+            str(folder),
+            channel_names={0: "MRI"},
+            labels=LABELS,
+            num_training_cases=len(list((folder / "imagesTr").iterdir())),
+            file_ending=".nii.gz",
+            dataset_name=raw.name,
+            reference="https://www.creatis.insa-lyon.fr/Challenge/acdc",
+            license="see the terms of the challenge",
+            description="Cine MRI of the heart, end-diastolic and end-systolic frames",
+            converted_by="nnunet-ssl",
+        )
+    if moved:
+        print(
+            f"WARNING: in {len(moved)} patients the 4D file's annotated frames differ from the 3D files, so the frame "
+            f"numbers of imagesUn may be shifted: {', '.join(moved[:5])}."
+        )
+    save_splits(splits, folds, overwrite)
+    return raw
+
+
+def make_folds(cases: dict[int, list[str]], labeled: Sequence[int]) -> list[dict[str, list[str]]]:
+    """One fold per number of labeled patients (the first n training patients), then one in which all have labels.
+
+    Args:
+        cases: patient number to its cases; patients that are not there are left out.
+        labeled: numbers of patients.
+
+    Raises:
+        ValueError: a number that leaves no unlabeled patient, or there is no validation patient.
+    """
+    train = [number for number in TRAIN_PATIENTS if number in cases]
+    val = sorted(case for number in VAL_PATIENTS for case in cases.get(number, []))
+    if not val:
+        raise ValueError("None of the 10 validation patients is there.")
+    for number in labeled:
+        if not 1 <= number < len(train):
+            raise ValueError(
+                f"--labeled {number} is not possible: {len(train)} training patients are there and at least 1 stays "
+                f"unlabeled, so the number must be from 1 to {len(train) - 1}."
+            )
+
+    def of(patients):
+        return [case for number in patients for case in cases[number]]
+
+    folds = [{"train": of(train[:n]), "val": val, "unlabeled": of(train[n:])} for n in labeled]
+    return [*folds, {"train": of(train), "val": val}]
+
+
+def case_names(number: int, patient: Patient) -> list[str]:
+    """`patientXXX_frameNN` of the annotated frames."""
+    return [f"patient{number:03d}_frame{frame:02d}" for frame in patient.frames]
+
+
+def read_info(file: Path) -> dict[str, str]:
+    """The lines `key: value` of an Info.cfg."""
+    pairs = (line.partition(":") for line in file.read_text().splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def read_case(image_file: Path, label_file: Path) -> tuple[sitk.Image, sitk.Image]:
+    """An annotated frame, as stored, and its label in uint8 with the image's geometry.
+
+    Raises: ValueError naming the file when the two do not fit together.
+    """
+    image, label = sitk.ReadImage(image_file), sitk.ReadImage(label_file)
+    if image.GetDimension() != 3 or image.GetSize() != label.GetSize():
+        raise ValueError(f"{label_file}: size {label.GetSize()}, but {image_file.name} has {image.GetSize()}.")
+    array = sitk.GetArrayFromImage(label)
+    strange = sorted(set(np.unique(array).tolist()) - set(LABELS.values()))
+    if strange:
+        raise ValueError(f"{label_file} has the labels {strange[:5]}; expected {sorted(LABELS.values())}.")
+    clean = sitk.GetImageFromArray(array.astype(np.uint8))
+    clean.CopyInformation(image)
+    return image, clean
+
+
+def read_cine(patient: Patient, count: int | None) -> tuple[dict[int, sitk.Image], bool]:
+    """Frames of the cine series that have no annotation, with the geometry of the annotated 3D frames.
+
+    The geometry is not read from the 4D file, whose header mixes time into spacing and direction.
+
+    Args:
+        patient: with a cine file.
+        count: frames, evenly spread over those without annotation; None: all.
+
+    Returns:
+        Frame number (from 1) to image, and whether the 4D file has the annotated frames where their numbers say.
+
+    Raises:
+        ValueError: the 4D file is not 4D, or its slices are not those of the 3D files.
+    """
+    series = sitk.GetArrayFromImage(sitk.ReadImage(patient.cine))  # (time, z, y, x)
+    annotated = {frame: sitk.ReadImage(files[0]) for frame, files in patient.frames.items()}
+    reference = next(iter(annotated.values()))
+    shape = reference.GetSize()[::-1]
+    if series.ndim != 4 or series.shape[1:] != shape:
+        raise ValueError(f"{patient.cine}: shape (time, z, y, x) {series.shape}, but the 3D frames have {shape}.")
+    same = all(
+        frame <= len(series) and np.array_equal(series[frame - 1], sitk.GetArrayViewFromImage(image))
+        for frame, image in annotated.items()
+    )
+    free = [frame for frame in range(1, len(series) + 1) if frame not in annotated]
+    if count is not None and count < len(free):
+        free = [free[int((index + 0.5) * len(free) / count)] for index in range(count)]
+    frames = {}
+    for frame in free:
+        frames[frame] = sitk.GetImageFromArray(series[frame - 1])
+        frames[frame].CopyInformation(reference)
+    return frames, same
+
+
+def _root(source: Path) -> Path:
+    """The folder that holds the patients' folders."""
+    for folder in (source, source / "training", source / "database" / "training"):
+        if any(folder.glob("patient[0-9][0-9][0-9]")):
+            return folder
+    raise FileNotFoundError(
+        f"Neither {source} nor {source / 'training'} nor {source / 'database/training'} has folders patient001, "
+        f"patient002, ... of ACDC."
+    )
+
+
+def _find_patients(root: Path, allow_missing: bool) -> dict[int, Patient]:
+    """The patients of the published lists, training patients first."""
+    listed = TRAIN_PATIENTS + VAL_PATIENTS + TEST_PATIENTS
+    missing = [f"patient{number:03d}" for number in listed if not (root / f"patient{number:03d}").is_dir()]
+    if missing:
+        message = f"{len(missing)} of 100 listed patients are not in {root}: {', '.join(missing[:10])}"
+        if not allow_missing:
+            raise FileNotFoundError(f"{message}. Pass --allow-missing to go on without them.")
+        print(message)
+    return {n: _find_patient(root / f"patient{n:03d}") for n in listed if (root / f"patient{n:03d}").is_dir()}
+
+
+def _find_patient(folder: Path) -> Patient:
+    name = folder.name
+    info = folder / "Info.cfg"
+    if not info.is_file():
+        raise FileNotFoundError(f"{info} is missing: it says which frames are annotated.")
+    values = read_info(info)
+    frames = {}
+    for key in ("ED", "ES"):
+        if not values.get(key, "").isdecimal():
+            raise ValueError(f"{info} has no line '{key}: NUMBER' with the number of the annotated frame.")
+        frame = int(values[key])
+        found = [_file(folder, f"{name}_frame{frame:02d}{suffix}") for suffix in ("", "_gt")]
+        if None in found:
+            raise FileNotFoundError(
+                f"{folder} has no {name}_frame{frame:02d}{'' if found[0] is None else '_gt'}.nii.gz, which {info.name} "
+                f"names as {key}."
+            )
+        frames[frame] = tuple(found)
+    return Patient(dict(sorted(frames.items())), _file(folder, f"{name}_4d"))
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    """The packed or unpacked file of this name."""
+    return next((folder / f"{stem}{e}" for e in (".nii.gz", ".nii") if (folder / f"{stem}{e}").is_file()), None)
