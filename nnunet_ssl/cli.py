@@ -7,7 +7,10 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; bad input ends in one sentence on stderr and exit code 1, without a traceback."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if "check" in options:
+        options.check(parser, options)
     try:
         return options.run(options) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -32,6 +35,15 @@ def _trainers(options) -> None:
 
 
 def _convert(options) -> None:
+    shared = {"allow_missing": options.allow_missing, "overwrite": options.overwrite}
+    if options.labeled:
+        shared["labeled"] = options.labeled
+    if options.name == "acdc":
+        from nnunet_ssl.dataset_conversion import acdc
+
+        cine_frames = None if options.cine_frames == "all" else options.cine_frames
+        acdc.convert(options.input, options.dataset_id, cine_frames=cine_frames, **shared)
+        return
     from nnunet_ssl.dataset_conversion import la
 
     la.convert(
@@ -39,11 +51,18 @@ def _convert(options) -> None:
         options.dataset_id,
         options.train_list,
         options.test_list,
-        labeled=options.labeled,
-        allow_missing=options.allow_missing,
         crop_margin=options.crop_margin,
-        overwrite=options.overwrite,
+        **shared,
     )
+
+
+def _check_convert(parser: argparse.ArgumentParser, options) -> None:
+    """Ends with the usage where an option is of the other dataset."""
+    own = {"la": ("train_list", "test_list", "crop_margin"), "acdc": ("cine_frames",)}
+    for dataset, names in own.items():
+        for name in names:
+            if dataset != options.name and getattr(options, name) not in (None, 0):
+                parser.error(f"--{name.replace('_', '-')} is for {dataset}, not for {options.name}")
 
 
 def _split(options) -> None:
@@ -102,14 +121,19 @@ def _export(options) -> None:
     )
     networks = ", ".join(f"{fold}: {network}" for fold, network in exported.items())
     print(f"Wrote {options.output} ({networks}) as a model of nnUNetTrainer. Plain nnU-Net predicts with it:")
+    arguments = "-f " + " ".join(fold.removeprefix("fold_") for fold in exported)
+    if options.checkpoint != "checkpoint_final.pth":
+        arguments += f" -chk {options.checkpoint}"
     if options.output.suffix.lower() == ".zip":
         print(
             f"  nnUNetv2_install_pretrained_model_from_zip {options.output}\n"
-            f"where it takes the place of a model of nnUNetTrainer for the same dataset, if there is one."
+            f"  nnUNetv2_predict -d {options.dataset} -c {options.configuration} -p {options.plans} {arguments} -i IN "
+            f"-o OUT\n"
+            f"Remove a model of nnUNetTrainer for the same dataset first, if there is one: the installation "
+            f"overwrites some of its folds and keeps the others."
         )
     else:
-        folds = " ".join(fold.removeprefix("fold_") for fold in exported)
-        print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} -f {folds} -i IN -o OUT")
+        print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} {arguments} -i IN -o OUT")
 
 
 def _doctor(options) -> int:
@@ -124,7 +148,7 @@ def _demo(options) -> None:
     demo(options.output)
 
 
-def _fold(text: str) -> int | str:
+def _number_or_all(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
@@ -142,26 +166,38 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--path", action="store_true", help="print the folder for nnU-Net's variable nnUNet_extTrainer")
 
     sub = command("convert", _convert, "Convert a public dataset to nnU-Net's format, with folds for label budgets.")
-    sub.add_argument("name", choices=["la"], help="la: left atrium, 2018 Atrial Segmentation Challenge")
-    sub.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case")
+    sub.add_argument(
+        "name",
+        choices=["la", "acdc"],
+        help="la: left atrium, 2018 Atrial Segmentation Challenge; acdc: Automated Cardiac Diagnosis Challenge",
+    )
+    sub.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case or patient")
     sub.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the dataset that is written")
-    sub.add_argument("--train-list", type=Path, help="file with one training case per line; default: published list")
-    sub.add_argument("--test-list", type=Path, help="file with one test case per line; default: published list")
+    sub.add_argument("--train-list", type=Path, help="la: file with one training case per line; default: published")
+    sub.add_argument("--test-list", type=Path, help="la: file with one test case per line; default: published")
     sub.add_argument(
         "--labeled",
         type=int,
         nargs="+",
-        default=[8, 4, 16],
-        help="labeled cases of each fold; one more fold has all labels (default: 8 4 16)",
+        help="labeled cases (acdc: patients) of each fold; one more fold has all labels (default: la 8 4 16, "
+        "acdc 7 3 14)",
     )
     sub.add_argument("--allow-missing", action="store_true", help="go on when listed cases are not in the folder")
     sub.add_argument(
         "--crop-margin",
         type=int,
-        help="crop in plane around the reference segmentation with this margin in voxels, as the "
+        help="la: crop in plane around the reference segmentation with this margin in voxels, as the "
         "literature does. This uses the label of EVERY case, unlabeled and test cases as well",
     )
+    sub.add_argument(
+        "--cine-frames",
+        type=_number_or_all,
+        default=0,
+        metavar="all|N",
+        help="acdc: write N (or all) frames without annotation of every training patient to imagesUn (default: 0)",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its splits")
+    sub.set_defaults(check=_check_convert)
 
     sub = command("split", _split, "Hide labels of a fully labeled dataset: folds with train, val and unlabeled.")
     sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
@@ -180,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model.")
     sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
     sub.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
-    sub.add_argument("-f", dest="fold", type=_fold, required=True, help="fold of the model, a number or all")
+    sub.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold of the model, a number or all")
     sub.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
     sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
     sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
@@ -194,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
     sub.add_argument("-tr", dest="trainer", required=True, help="trainer of the model, one of ours")
     sub.add_argument("-o", dest="output", type=Path, required=True, help="new model folder, or a file ending in .zip")
-    sub.add_argument("-f", dest="folds", type=_fold, nargs="+", help="folds (default: all that are trained)")
+    sub.add_argument("-f", dest="folds", type=_number_or_all, nargs="+", help="folds (default: all that are trained)")
     sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
     sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
     sub.add_argument("--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)")

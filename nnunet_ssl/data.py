@@ -33,7 +33,8 @@ class Batch:
 
     Attributes:
         image: labeled images (B, C, *spatial).
-        target: their labels as nnU-Net gives them: (B, 1, *spatial), with deep supervision a list, full size first.
+        target: their labels as nnU-Net gives them: classes (B, 1, *spatial), or regions (B, regions, *spatial) and,
+            with an ignore label, one more channel; with deep supervision a list, full size first.
         unlabeled: unlabeled images (B, C, *spatial), fully augmented. There is no target of them anywhere.
         unlabeled_weak: the same crops with spatial augmentation only; None unless the method sets `weak_view`.
     """
@@ -45,7 +46,7 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The target at full resolution, (B, 1, *spatial)."""
+        """The target at full resolution."""
         return self.target[0] if isinstance(self.target, list) else self.target
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
 from nnunet_ssl.trainer import CHECKPOINT_KEY
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
-MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")  # the last one only where it is there
-FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf", "validation/summary.json")  # where there
+NEEDED = ("plans.json", "dataset.json")
+FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf")  # where they are there
 
 
 def export_model(
@@ -40,13 +40,14 @@ def export_model(
         trainer: one of ours.
         output: a new folder, the model folder of nnUNetv2_predict_from_modelfolder; or, ending in .zip, a file for
             nnUNetv2_install_pretrained_model_from_zip. A file is replaced.
-        folds: numbers or "all"; None: those that are trained.
+        folds: numbers or "all"; None: the numbers that are trained, or else "all".
         plans_identifier: of the trained model.
         checkpoint: file name in the folders of the folds.
         network: "student", "teacher" or another network of the checkpoint; None: the deployed one.
 
     Returns:
-        Per fold folder the name of the network that was exported.
+        Per fold folder the name of the network that was exported. Validation results go along only with the weights
+        that nnU-Net has validated: the deployed network of the final checkpoint.
 
     Raises:
         FileNotFoundError: a fold's checkpoint is missing; FileExistsError: the folder is there already.
@@ -55,15 +56,17 @@ def export_model(
     """
     output, dataset = Path(output), str(maybe_convert_to_dataset_name(dataset))
     zipped = output.suffix.lower() == ".zip"
-    if not zipped and output.exists():
+    if output.is_dir() or (output.exists() and not zipped):
         raise FileExistsError(f"{output} exists already. Remove it or choose another -o.")
     model = Path(get_output_folder(dataset, trainer, plans_identifier, configuration))
     folders = [f"fold_{fold}" for fold in folds] if folds is not None else _trained_folds(model, checkpoint)
-    missing = [str(model / folder / checkpoint) for folder in folders if not (model / folder / checkpoint).is_file()]
-    if missing or not folders:
+    files = [model / folder / checkpoint for folder in folders] or [model / "fold_0" / checkpoint]
+    missing = [str(file) for file in [*files, *(model / name for name in NEEDED)] if not file.is_file()]
+    if missing:
+        fold = Path(missing[0]).parent.name.removeprefix("fold_") if "fold_" in missing[0] else "0"
         raise FileNotFoundError(
-            f"{', '.join(missing) or f'{model}/fold_*/{checkpoint}'} is missing. Train it first: "
-            f"nnUNetv2_train {dataset[7:10]} {configuration} 0 -tr {trainer} -p {plans_identifier}"
+            f"{', '.join(missing)} is missing. Train it first: "
+            f"nnUNetv2_train {dataset[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
         )
     own = recursive_find_trainer_class_by_name(trainer)
     if own.build_network_architecture is not nnUNetTrainer.build_network_architecture:
@@ -74,16 +77,23 @@ def export_model(
         inner = Path(dataset, Path(get_output_folder(dataset, "nnUNetTrainer", plans_identifier, configuration)).name)
         target = Path(scratch, inner)
         target.mkdir(parents=True)
-        _copy(model, target, MODEL_FILES)
-        for folder in model.glob("crossval_results_folds_*"):
-            _copy(folder, target / folder.name, ("summary.json", "postprocessing.pkl", "postprocessing.json"))
-        exported = {}
+        _copy(model, target, (*NEEDED, "dataset_fingerprint.json"))
+        exported, validated = {}, True
         for folder in tqdm(folders, desc="Exporting", unit="fold", disable=None):
             _copy(model / folder, target / folder, FOLD_FILES)
             state = torch.load(model / folder / checkpoint, map_location="cpu", weights_only=False)
+            deployed = state.get(CHECKPOINT_KEY, {}).get("inference_network")
             exported[folder] = plain(state, model / folder / checkpoint, network)
             (target / folder).mkdir(exist_ok=True)
             torch.save(state, target / folder / checkpoint)
+            if checkpoint == "checkpoint_final.pth" and exported[folder] == deployed:
+                _copy(model / folder, target / folder, ("validation/summary.json",))
+            else:  # nnU-Net has validated other weights
+                validated = False
+        if validated and folders != ["fold_all"]:
+            numbers = tuple(int(folder.removeprefix("fold_")) for folder in folders)
+            results = f"crossval_results_folds_{folds_tuple_to_string(numbers)}"
+            _copy(model / results, target / results, ("summary.json", "postprocessing.pkl", "postprocessing.json"))
         if zipped:
             archive = Path(scratch, "model.zip")
             with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -118,7 +128,10 @@ def plain(state: dict, file: Path, network: str | None) -> str:
 
 
 def _trained_folds(model: Path, checkpoint: str) -> list[str]:
-    return sorted(path.parent.name for path in model.glob(f"fold_*/{checkpoint}"))
+    """The numbered folds; where there is none, fold_all."""
+    trained = {file.parent.name for file in model.glob(f"fold_*/{checkpoint}")}
+    numbered = sorted(folder for folder in trained if folder.removeprefix("fold_").isdecimal())
+    return numbered or sorted(trained & {"fold_all"})
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:

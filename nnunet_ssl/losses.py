@@ -50,20 +50,40 @@ def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tenso
             f"and label smoothing, not for {loss}."
         )
     mask = mask.bool()
-    if regions:
-        if loss.use_ignore_label:
-            mask, target = mask & ~target[:, -1:].bool(), target[:, :-1]
-        entropy = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        # as nnU-Net: the mean over the regions, with the ignore label their sum
-        entropy = entropy.sum(1, keepdim=True) if loss.use_ignore_label else entropy.mean(1, keepdim=True)
-    else:
-        if loss.ignore_label is not None:
-            annotated = target != loss.ignore_label
-            mask, target = mask & annotated, torch.where(annotated, target, 0)
-        entropy = F.cross_entropy(logits, target[:, 0].long(), reduction="none")[:, None]
+    if regions and loss.use_ignore_label:
+        mask, target = mask & ~target[:, -1:].bool(), target[:, :-1]
+    elif not regions and loss.ignore_label is not None:
+        annotated = target != loss.ignore_label
+        mask, target = mask & annotated, torch.where(annotated, target, 0)
     mask = mask.float()  # not half: the number of voxels is beyond its range
-    dice = loss.dc(logits, target, loss_mask=mask)
-    return loss.weight_ce * (entropy * mask).sum() / mask.sum().clamp_min(1) + loss.weight_dice * dice
+    entropy = (_entropy(loss, logits, target) * mask).sum() / mask.sum().clamp_min(1)
+    return loss.weight_ce * entropy + loss.weight_dice * loss.dc(logits, target, loss_mask=mask)
+
+
+def _entropy(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of every voxel, (B, 1, *spatial), with labels or regions of which none is ignored."""
+    if type(loss) is not DC_and_BCE_loss:
+        return F.cross_entropy(logits, target[:, 0].long(), reduction="none")[:, None]
+    entropy = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    # as nnU-Net: the mean over the regions, with the ignore label their sum
+    return entropy.sum(1, keepdim=True) if loss.use_ignore_label else entropy.mean(1, keepdim=True)
+
+
+def cross_entropy(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    """The cross entropy in nnU-Net's loss alone, with hard pseudo labels, of which none is ignored.
+
+    Args:
+        loss: what `nnUNetTrainer._build_loss` made.
+        logits: (B, C, *spatial).
+        target: from `hard_labels`.
+
+    Returns:
+        Scalar, the mean over all voxels.
+    """
+    loss = full_resolution(loss)
+    if type(loss) is DC_and_BCE_loss:
+        target = target[:, : logits.shape[1]]  # without the channel of ignored voxels
+    return loss.weight_ce * _entropy(loss, logits, target).mean()
 
 
 def full_resolution(loss: nn.Module) -> nn.Module:
@@ -72,7 +92,7 @@ def full_resolution(loss: nn.Module) -> nn.Module:
 
 
 def reweighted(loss: nn.Module, *, cross_entropy: float, dice: float) -> nn.Module:
-    """nnU-Net's Dice and cross entropy with other weights (its own are 1 and 1); 0 leaves a part out.
+    """nnU-Net's Dice and cross entropy with other weights (its own are 1 and 1).
 
     Raises: NotImplementedError for any other loss.
     """

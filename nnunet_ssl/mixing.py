@@ -141,9 +141,9 @@ def mix_halves(
 
     Args:
         labeled: images (B, C, *spatial).
-        labels: (B, 1, *spatial).
+        labels: as nnU-Net gives them, (B, 1, *spatial), or the channels of regions.
         unlabeled: images (B, C, *spatial).
-        pseudo: their pseudo labels (B, 1, *spatial).
+        pseudo: their pseudo labels, in the same form.
         mask: (ceil(B / 2), 1, *spatial), bool; 1 keeps the labeled image in half a, the unlabeled one in half b.
 
     Returns:

@@ -97,7 +97,7 @@ def average_gradients(networks: Sequence[nn.Module]) -> None:
     gradients = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    means = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    means = flat.div_(dist.get_world_size()).split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients, strict=True)])
 
 

@@ -21,6 +21,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl import pseudo_labels
 from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
@@ -53,6 +54,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     same terms: nnU-Net's Dice waits for the other ranks.
     """
 
+    max_gradient_norm = 12  # as in nnU-Net, whose Primus trainers have 1
     weak_view = False  # also give the method every unlabeled crop with spatial augmentation only
 
     # ---- what a method overrides ----
@@ -99,6 +101,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         network = self.build_network_architecture(
             self.plans_manager, self.configuration_manager, self.num_input_channels, labels.num_segmentation_heads, deep
         )
+        if self.is_ddp:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.to(self.device)
 
     # ---- set-up ----
@@ -141,11 +145,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _synchronize_companions(self) -> None:
         """On several GPUs, gives every rank the companions of rank 0, as nnU-Net does with its network."""
         for network in vars(self.companions).values() if self.is_ddp else ():
-            for tensor in network.state_dict().values():
-                dist.broadcast(tensor, 0)
+            for tensor in (*network.parameters(), *network.buffers()):
+                dist.broadcast(tensor.detach(), 0)
 
     def _refuse_unsupported(self) -> None:
         name = type(self).__name__
+        owner = next(cls for cls in type(self).__mro__ if "train_step" in vars(cls))
+        if not issubclass(owner, SemiSupervisedTrainer):
+            raise NotImplementedError(
+                f"{name} would train with {owner.__name__}.train_step, without unlabeled scans. Name the "
+                f"semi-supervised trainer first among its base classes."
+            )
         if self.is_cascaded:
             raise NotImplementedError(
                 f"{name} does not support cascades ({self.configuration_name}): the unlabeled scans have no "
@@ -280,7 +290,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        for network in (self.network, *vars(self.companions).values()):
+        networks = list(vars(self.companions).values())
+        if self.is_ddp and not isinstance(self.network, DistributedDataParallel):
+            networks.append(self.network)  # a deployed teacher, which nnU-Net would unwrap
+        else:
+            super().set_deep_supervision_enabled(enabled)
+        for network in networks:
             decoder = getattr(unwrap(network), "decoder", None)
             if decoder is not None:  # transformers have none, and no deep supervision
                 decoder.deep_supervision = enabled
@@ -367,7 +382,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         for network in self.students():
-            nn.utils.clip_grad_norm_(network.parameters(), 12)
+            nn.utils.clip_grad_norm_(network.parameters(), self.max_gradient_norm)
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()

@@ -221,9 +221,14 @@ def test_transformer(trainer_class, tiny_dataset):
         with pytest.raises(NotImplementedError, match=r"needs a U-Net with encoder stages .* not a Primus"):
             make_trainer(mixed, tiny_dataset).initialize()
         return
-    trainer = started(mixed, tiny_dataset)
+    trainer = started(mixed, tiny_dataset, max_gradient_norm=1)
     assert isinstance(trainer.network, Primus)
     trains(trainer)
+    supervised_only = types.new_class("WrongOrder", (TinyPrimus, trainer_class))
+    with pytest.raises(
+        NotImplementedError, match=r"WrongOrder would train with AbstractPrimus.train_step, without unl"
+    ):
+        make_trainer(supervised_only, tiny_dataset).initialize()
 
 
 # ---- torch.compile, worker processes, devices ----
@@ -422,6 +427,7 @@ def test_the_table_names_a_test_for_every_trainer_and_feature():
         named.add(test)
         assert test in collected, f"{test} does not exist"
         source = (tests / test.partition("::")[0]).read_text().partition(f"def {test.partition('::')[2]}(")[2]
+        assert len(cells) in (0, len(trainers))
         for name, cell in zip(trainers, cells, strict=False):
             assert cell in ("yes", "refused")
             assert any(f"nnUNetTrainer{name}" in parameters for parameters in collected[test]), f"{test}: {name}"

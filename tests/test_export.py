@@ -1,6 +1,7 @@
 """Exported models: plain nnU-Net predicts with them, and they predict the same."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,8 +23,9 @@ NETWORKS = {
     "nnUNetTrainerCPS": {"student", "student_2"},
 }
 
-# Plain nnU-Net: our package cannot be imported, and nnU-Net is told of no further folder of trainers. As the commands
-# nnUNetv2_install_pretrained_model_from_zip and nnUNetv2_predict_from_modelfolder.
+# Plain nnU-Net: NNUNET_SSL_PLAIN_PYTHON is the Python of an environment without our package (.ci/check_wheel has one).
+# Without it, this one, in which our package cannot be imported and nnU-Net is told of no further folder of trainers.
+# As the commands nnUNetv2_install_pretrained_model_from_zip and nnUNetv2_predict_from_modelfolder.
 PLAIN = """
 import sys
 sys.modules["nnunet_ssl"] = None
@@ -60,7 +62,10 @@ def trained(tiny_dataset, tmp_path_factory):
         patch.setenv("nnUNet_results", str(results))
         for trainer_class in every_trainer():
             seed()
-            make_trainer(trainer_class, tiny_dataset).run_training()
+            trainer = make_trainer(trainer_class, tiny_dataset)
+            trainer.run_training()
+            (Path(trainer.output_folder) / "validation").mkdir()
+            (Path(trainer.output_folder) / "validation/summary.json").write_text("{}")
         yield results
 
 
@@ -98,7 +103,9 @@ def test_plain_nnunet_predicts_the_same_to_the_last_bit(trained, tmp_path):
 
     (tmp_path / "installed").mkdir()
     environment = {**os.environ, "nnUNet_results": str(tmp_path / "installed"), "NNUNET_SSL_NO_AUTOREGISTER": "1"}
-    command = [sys.executable, "-c", PLAIN, scan(), *jobs]
+    environment.pop("PYTHONPATH", None)
+    python = os.environ.get("NNUNET_SSL_PLAIN_PYTHON", sys.executable)
+    command = [python, "-c", PLAIN, scan(), *jobs]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     for name, values in expected.items():
@@ -123,6 +130,8 @@ def test_every_network_of_a_checkpoint_can_be_exported(trainer_class, trained, t
         assert state.keys() - {PROVENANCE_KEY} == source.keys() - {"nnunet_ssl"}  # nothing of ours is left
         ours = (model_folder(trained, name) / "fold_0/checkpoint_final.pth").stat().st_size
         assert (folder / "fold_0/checkpoint_final.pth").stat().st_size < ours
+        # what nnU-Net has validated is the deployed network
+        assert (folder / "fold_0/validation/summary.json").is_file() == (network == "student")
     other = probabilities(tmp_path / sorted(networks)[-1])
     assert not np.array_equal(other, probabilities(tmp_path / "student"))
 
@@ -138,6 +147,24 @@ def test_the_command_says_how_to_use_the_folder(trained, tmp_path, capsys):
     assert not [name for name in names if "losses.csv" in name]
     assert (output / "plans.json").read_bytes() == (model / "plans.json").read_bytes()
     assert [p.name for p in output.parent.iterdir()] == ["model"]  # nothing temporary is left
+
+
+def test_another_checkpoint_and_fold_all_are_named_in_the_command(trained, tmp_path, capsys):
+    model = model_folder(trained, "nnUNetTrainerM3")
+    shutil.copytree(model / "fold_0", model / "fold_all")
+    shutil.copytree(model / "fold_0", model / "fold_0_backup")
+    (model / "fold_0/checkpoint_final.pth").rename(model / "fold_0/checkpoint_other.pth")
+    try:
+        assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -o {tmp_path / 'a'}".split()) == 0
+        assert f"-m {tmp_path / 'a'} -f all -i IN" in capsys.readouterr().out
+        command = f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -chk checkpoint_other.pth -o {tmp_path / 'b'}"
+        assert main(command.split()) == 0
+        assert f"-m {tmp_path / 'b'} -f 0 -chk checkpoint_other.pth -i IN" in capsys.readouterr().out
+        assert not (tmp_path / "b/fold_0/validation").exists()
+    finally:
+        (model / "fold_0/checkpoint_other.pth").rename(model / "fold_0/checkpoint_final.pth")
+        shutil.rmtree(model / "fold_all")
+        shutil.rmtree(model / "fold_0_backup")
 
 
 def test_a_zip_file_is_replaced_as_a_whole(trained, tmp_path):
@@ -185,6 +212,8 @@ def test_a_stock_model_and_another_architecture_are_refused(trained, tmp_path, m
     model = model_folder(trained, "nnUNetTrainer")
     (model / "fold_0").mkdir(parents=True)
     torch.save({"network_weights": {}}, model / "fold_0/checkpoint_final.pth")
+    for name in ("plans.json", "dataset.json"):
+        (model / name).write_text("{}")
     with pytest.raises(ValueError, match=r"was not written by one of our trainers.* Use nnUNetv2_export_model_to_zip"):
         export_model("701", "3d_fullres", "nnUNetTrainer", tmp_path / "out")
 

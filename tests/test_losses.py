@@ -7,6 +7,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunet_ssl.losses import (
+    cross_entropy,
     downsample,
     feature_cosine,
     feature_l1,
@@ -459,3 +460,18 @@ def test_the_parts_of_the_region_loss_can_be_reweighted():
     torch.testing.assert_close(parts[0] + parts[1], loss(logits, target))
     torch.testing.assert_close(2 * parts[0] + 3 * parts[1], parts[2])
     assert (loss.weight_ce, loss.weight_dice) == (1, 1)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_the_cross_entropy_alone_is_that_of_nnunets_loss(ignore):
+    logits, dim = random_logits(3, 3), 3
+    labels = random_target(3, dim)
+    for deep in (False, True):
+        loss = nnunet_loss(deep=deep, ignore_label=IGNORE if ignore else None, weight_ce=0.7, weight_dice=0)
+        plain = full_resolution(loss)
+        torch.testing.assert_close(cross_entropy(loss, logits[0], labels), plain(logits[0], labels))
+    regions = region_target(3, dim, ignore)
+    if ignore:
+        regions[:, -1] = False
+    loss = region_loss(ignore=ignore, weight_ce=0.7, weight_dice=0)
+    torch.testing.assert_close(cross_entropy(loss, logits[0], regions), loss(logits[0], regions))

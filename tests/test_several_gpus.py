@@ -53,6 +53,18 @@ def test_one_rank_writes_the_checkpoint_and_the_losses(trainer_class, two_proces
     assert all(torch.isfinite(torch.tensor(float(value))) for value in rows[0].split(","))
 
 
+@pytest.mark.parametrize("trainer_class", every_trainer())
+def test_resumed_ranks_have_the_same_networks_and_their_own_crops(trainer_class, two_processes):
+    name = trainer_class.__name__
+    first, second = (torch.load(two_processes / f"resumed_whole_{name}_{rank}.pt") for rank in (0, 1))
+    before = torch.load(two_processes / f"whole_{name}_0.pt")
+    for network in first:
+        torch.testing.assert_close(flat(first[network]), flat(second[network]), rtol=0, atol=1e-6)
+        assert not torch.equal(flat(first[network]), flat(before[network]))
+    crops = [torch.load(two_processes / f"batch_whole_{name}_{rank}.pt") for rank in (0, 1)]
+    assert not torch.equal(*crops)
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])  # nnU-Net's Dice: of the batch, of a sample
 @pytest.mark.parametrize("trainer_class", [t for t in every_trainer() if t.__name__ in SAMPLE_WISE])
 def test_two_ranks_train_as_one_process_with_the_joint_batch(

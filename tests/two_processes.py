@@ -17,11 +17,24 @@ from nnunet_ssl.networks import unwrap
 
 SAMPLE_WISE = {"nnUNetTrainerMeanTeacher", "nnUNetTrainerCPS"}  # with no noise, the loss is a mean over the samples
 STEPS = 3
+CHECKPOINTS = []  # that this rank has written
+
+
+def record_checkpoints():
+    original = torch.save
+
+    def save(content, target):
+        if "checkpoint" in str(target):
+            CHECKPOINTS.append(target)
+        original(content, target)
+
+    torch.save = save
 
 
 def rank_main(rank, world_size, dataset, output):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{output}/rendezvous", rank=rank, world_size=world_size)
+    record_checkpoints()
     stock.DDP = lambda network, device_ids: DistributedDataParallel(network)
     train_all(dataset, output, rank)
     dist.destroy_process_group()
@@ -51,6 +64,16 @@ def whole_training(trainer_class, dataset, file, rank):
     assert trainer.batch_size == 1  # of 2
     assert trainer.step == STEPS
     save(trainer, file)
+    assert bool(CHECKPOINTS) == (rank == 0)
+
+    seed(rank)
+    resumed = on_cpu(trainer_class, dataset, num_epochs=1, num_iterations_per_epoch=STEPS)
+    resumed.load_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
+    resumed.on_train_start()
+    batch = next(resumed.dataloader_train)
+    resumed.train_step(batch)
+    save(resumed, file.with_name("resumed_" + file.name))
+    torch.save(batch["data"], file.with_name("batch_" + file.name))
 
 
 def joint_batch(trainer_class, configuration, dataset, file, rank, world_size):

@@ -7,7 +7,7 @@ the paper's (1.5). The first student is deployed. With -pretrained_weights only 
 
 import torch
 
-from nnunet_ssl.losses import full_resolution, reweighted
+from nnunet_ssl.losses import cross_entropy
 from nnunet_ssl.networks import logits
 from nnunet_ssl.schedules import sigmoid_rampup
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
@@ -24,7 +24,6 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
 
     def losses(self, batch):
         first, second = self.network, self.companions.student_2
-        cross_entropy = reweighted(full_resolution(self.loss), cross_entropy=1, dice=0)
         weight = self.cross_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
         # one more forward pass instead of two graphs in memory at the same time
         with torch.no_grad():
@@ -33,11 +32,11 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
         yield {"supervised": self.loss(first(batch.image), batch.target)}
         output = logits(first, batch.unlabeled)
         labels_of_first = self.hard_labels(output)
-        yield {"cross": weight * cross_entropy(output, labels_of_second)}
+        yield {"cross": weight * cross_entropy(self.loss, output, labels_of_second)}
         del output
 
         yield {"supervised_2": self.loss(second(batch.image), batch.target)}
-        yield {"cross_2": weight * cross_entropy(logits(second, batch.unlabeled), labels_of_first)}
+        yield {"cross_2": weight * cross_entropy(self.loss, logits(second, batch.unlabeled), labels_of_first)}
 
 
 __getattr__ = epoch_variants(globals())

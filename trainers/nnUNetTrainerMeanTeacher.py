@@ -29,11 +29,11 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
     def losses(self, batch):
         yield {"supervised": self.loss(self.network(batch.image), batch.target)}
         with torch.no_grad():
-            output = logits(self.companions.teacher, add_noise(batch.unlabeled_weak, self.noise))
-            target = self.probabilities(output)
+            noisy = add_noise(batch.unlabeled_weak, self.noise)
+            target = self.probabilities(logits(self.companions.teacher, noisy))
         weight = self.consistency_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
-        output = logits(self.network, batch.unlabeled)
-        yield {"consistency": weight * probability_mse(self.probabilities(output), target)}
+        prediction = self.probabilities(logits(self.network, batch.unlabeled))
+        yield {"consistency": weight * probability_mse(prediction, target)}
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))

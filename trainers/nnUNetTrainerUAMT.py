@@ -37,15 +37,15 @@ class nnUNetTrainerUAMT(SemiSupervisedTrainer):
     def losses(self, batch):
         yield {"supervised": self.loss(self.network(batch.image), batch.target)}
         with torch.no_grad():
-            output = logits(self.companions.teacher, add_noise(batch.unlabeled_weak, self.noise))
-            target = self.probabilities(output)
+            noisy = add_noise(batch.unlabeled_weak, self.noise)
+            target = self.probabilities(logits(self.companions.teacher, noisy))
             mean = sum(self.stochastic_pass(batch.unlabeled_weak) for _ in range(self.passes)) / self.passes
             rise = (1 - self.initial_threshold) * sigmoid_rampup(self.step, self.max_steps)
             sure = uncertainty(mean, regions=self.label_manager.has_regions) < self.initial_threshold + rise
             del mean
         weight = self.consistency_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
-        output = logits(self.network, batch.unlabeled)
-        yield {"consistency": weight * probability_mse(self.probabilities(output), target, sure)}
+        prediction = self.probabilities(logits(self.network, batch.unlabeled))
+        yield {"consistency": weight * probability_mse(prediction, target, sure)}
 
     def stochastic_pass(self, image):
         """Probabilities of the teacher with noise on the input and dropout at the bottleneck."""
