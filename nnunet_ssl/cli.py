@@ -75,7 +75,15 @@ def _split(options) -> None:
 def _preprocess(options) -> None:
     from nnunet_ssl.preprocessing import preprocess_unlabeled
 
-    preprocess_unlabeled(options.dataset, options.configurations, options.plans, options.input, options.num_processes)
+    preprocess_unlabeled(
+        options.dataset,
+        options.configurations,
+        options.plans,
+        options.input,
+        options.num_processes,
+        options.num_parts,
+        options.part_id,
+    )
 
 
 def _pseudo_label(options) -> None:
@@ -210,8 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
     sub.add_argument("-c", dest="configurations", nargs="+", required=True, help="configurations, as 3d_fullres")
     sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
-    sub.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: imagesUn of the dataset)")
+    sub.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: the dataset's imagesUn)")
     sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
+    sub.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
+    sub.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
 
     sub = command("pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model.")
     sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")

@@ -5,15 +5,17 @@ import multiprocessing
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 from nnunetv2 import paths
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
@@ -36,7 +38,8 @@ SETTINGS = (
 )
 NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
   1. Put scans without any label file into {default}, named CASE_0000{ending} (CASE_0001{ending}, ... for further
-     channels), and run this command again.
+     channels), and run this command again. Scans with one channel may be named CASE{ending}, or be a folder CASE
+     with one DICOM series in it.
   2. Hide the labels of labeled cases: an "unlabeled" list in the folds of splits_final.json, which
      `nnunet-ssl split -d {dataset_id} --labeled N` writes. These are preprocessed already: do not run this command."""
 
@@ -52,6 +55,8 @@ def preprocess_unlabeled(
     plans_identifier: str = "nnUNetPlans",
     images: Path | None = None,
     num_processes: int = 4,
+    num_parts: int = 1,
+    part_id: int = 0,
 ) -> None:
     """Check the scans in `imagesUn`, then write them to `<data_identifier>_unlabeled` as nnU-Net preprocesses a scan.
 
@@ -62,41 +67,53 @@ def preprocess_unlabeled(
         dataset: id or name, as in nnU-Net's commands.
         configurations: names in the plans, for example 2d and 3d_fullres.
         plans_identifier: name of the plans file; it is read, never made or changed.
-        images: folder of the scans, in place of the raw dataset's `imagesUn`.
+        images: folder of the scans, in place of the raw dataset's `imagesUn`. The dataset's own `imagesTs` is possible
+            too: results on these test scans are transductive then.
         num_processes: worker processes; with 0 or 1 everything happens in this one.
+        num_parts: the scans are shared by so many runs, on one machine or several with the same disk; each case is
+            done by one.
+        part_id: which of them this run is, from 0.
 
     Raises:
         FileNotFoundError: no dataset, no plans or no scans.
-        ValueError: an unknown configuration, unsound scans (one message lists all of them with the reasons), or
-            cases that other plans have preprocessed.
+        ValueError: an unknown configuration or part, unsound scans (one message lists all of them with the reasons),
+            or cases that other plans have preprocessed.
         RuntimeError: a worker died, or a case could not be preprocessed.
     """
+    if not 0 <= part_id < num_parts:
+        raise ValueError(f"-part_id must be from 0 to {num_parts - 1} where -num_parts is {num_parts}, not {part_id}.")
     name = str(maybe_convert_to_dataset_name(dataset))
     raw, folder = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = load_plans(folder, plans_identifier, configurations)
     dataset_json = json.loads((folder / "dataset.json").read_text())
-    ending = dataset_json["file_ending"]
+    ending, channels = dataset_json["file_ending"], channel_names(dataset_json)
     # A cascade's second stage shares the data of 3d_fullres, hence one entry per folder.
     targets = {unlabeled_folder(folder, c.data_identifier): c for c in map(plans.get_configuration, configurations)}
     for target, configuration in targets.items():
         check_settings(target, preprocessing_settings(plans, configuration))
 
     images = raw / "imagesUn" if images is None else Path(images)
-    scans, strangers = find_scans(images, ending)
+    scans, strangers = find_scans(images, ending, len(channels) == 1)
     if not scans and not strangers:
         dataset_id = convert_dataset_name_to_id(name)
         text = NO_SCANS.format(images=images, default=raw / "imagesUn", ending=ending, dataset_id=dataset_id)
         raise FileNotFoundError(text)
+    transductive = images.resolve() == (raw / "imagesTs").resolve()
+    if transductive:
+        print(f"Test scans become unlabeled training scans: results on {images} are transductive. Say so with them.")
+    everything = scans.keys()
+    scans = dict(list(scans.items())[part_id::num_parts])
     finished = {target: finished_cases(target) for target in targets}
     jobs = [(target, case) for target, cases in finished.items() for case in scans if case not in cases]
     unread = {case: scans[case] for _, case in jobs}
 
     taken = taken_names(raw, folder, dataset_json, {c.data_identifier for c in targets.values()})
+    chosen = set().union(*(transductive_cases(target) for target in targets), everything if transductive else ())
+    taken[str(raw / "imagesTs")] -= chosen
     problems = [f"{file}: not a scan; expected CASE_0000{ending}, CASE_0001{ending}, ..." for file in strangers]
     problems += name_problems(scans, f"rename or remove it in {images}", taken)
     for target, cases in finished.items():
-        problems += name_problems(cases - scans.keys(), f"remove its files from {target}", taken)
-    channels = list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
+        problems += name_problems(cases - everything, f"remove its files from {target}", taken)
     reader = plans.image_reader_writer_class
     with worker_pool(min(num_processes, len(jobs))) as pool:
         checks = {case: (case, files, channels, ending, reader) for case, files in unread.items()}
@@ -109,19 +126,29 @@ def preprocess_unlabeled(
 
         for target, configuration in targets.items():
             target.mkdir(parents=True, exist_ok=True)
-            write_settings(target, preprocessing_settings(plans, configuration))
-            shutil.rmtree(temporary_folder(target), ignore_errors=True)  # what an interrupted run has left
-            temporary_folder(target).mkdir()
+            write_settings(target, preprocessing_settings(plans, configuration), chosen)
+        unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
+        for scratch in unfinished.values():
+            shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted run has left
+            scratch.mkdir()
         arguments = {
-            f"{case} ({target.name})": (case, scans[case], target, plans, targets[target], dataset_json)
+            f"{case} ({target.name})": (
+                case,
+                scans[case],
+                target,
+                unfinished[target],
+                plans,
+                targets[target],
+                dataset_json,
+            )
             for target, case in jobs
         }
         run_all(pool, preprocess_case, arguments, "Preprocessing unlabeled scans")
     for target, cases in finished.items():
-        shutil.rmtree(temporary_folder(target))
+        shutil.rmtree(unfinished[target])
         print(f"{len(cases | scans.keys())} unlabeled cases in {target}, {len(scans.keys() - cases)} of them new.")
-        if cases - scans.keys():
-            print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")
+        if cases - everything:
+            print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - everything))}")
 
 
 def load_plans(folder: Path, plans_identifier: str, configurations: Sequence[str]) -> PlansManager:
@@ -184,10 +211,21 @@ def check_settings(target: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def write_settings(target: Path, settings: dict[str, Any]) -> None:
-    """Note the settings beside the folder, in one step."""
+def write_settings(target: Path, settings: dict[str, Any], transductive: Iterable[str] = ()) -> None:
+    """Note the settings beside the folder, in one step, and the test scans that are used as unlabeled ones."""
     with replacing(settings_file(target)) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+        temporary.write_text(json.dumps(settings | {"transductive": sorted(transductive)}, indent=1))
+
+
+def transductive_cases(target: Path) -> set[str]:
+    """Test scans that were preprocessed as unlabeled ones on demand; empty where there is no folder."""
+    file = settings_file(target)
+    return set(json.loads(file.read_text()).get("transductive", [])) if file.is_file() else set()
+
+
+def channel_names(dataset_json: dict) -> list[str]:
+    """Of the images; older dataset.json files call them modality."""
+    return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
 
 
 def finished_cases(target: Path) -> set[str]:
@@ -197,11 +235,12 @@ def finished_cases(target: Path) -> set[str]:
     return {case for case in cases if names.issuperset(case + suffix for suffix in FILES)}
 
 
-def find_scans(folder: Path, ending: str) -> tuple[dict[str, list[Path]], list[str]]:
+def find_scans(folder: Path, ending: str, single_channel: bool = False) -> tuple[dict[str, list[Path]], list[str]]:
     """Sort a folder's files into cases (identifier to its files by channel) and names that no scan has.
 
     Hidden files are passed over, like `CASE.json` beside a scan: nnU-Net reads the spacing of TIFF files from it.
-    Both are empty where there is no folder.
+    Both are empty where there is no folder. With `single_channel` files without a channel number are scans too, and so
+    are folders, of a DICOM series each.
     """
     pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
     scans: dict[str, list[Path]] = {}
@@ -212,6 +251,8 @@ def find_scans(folder: Path, ending: str) -> tuple[dict[str, list[Path]], list[s
             continue
         if match:
             scans.setdefault(match[1], []).append(path)
+        elif single_channel and (path.is_dir() or path.name.endswith(ending)):
+            scans.setdefault(path.name.removesuffix(ending), []).append(path)
         else:
             others.append(path.name)
     return scans, [name for name in others if not (name.endswith(".json") and name.removesuffix(".json") in scans)]
@@ -256,7 +297,8 @@ def scan_problems(
     problems, geometries, number = [], {}, 0
     for file in files:
         try:
-            image, properties = reader().read_images([str(file)])
+            with readable(file, ending) as path:
+                image, properties = reader().read_images([str(path)])
         except Exception as error:  # a damaged file makes readers raise anything
             problems.append(f"{file.name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})")
             continue
@@ -267,7 +309,8 @@ def scan_problems(
             problems.append(f"{file.name}: {bad} of {image.size} voxels are NaN or infinite")
         elif image.min() == image.max():
             problems.append(f"{file.name}: constant, every voxel is {image.min():g}")
-    names = [file.name for file in files]
+    numbered = re.fullmatch(r".*_\d{4}" + re.escape(ending), files[-1].name)
+    names = [file.name for file in files] if numbered else [f"{case}_0000{ending}"]
     count = 1 + int(names[-1].removesuffix(ending)[-4:])
     if number == len(geometries) > 0:  # one channel per file, so there should be a file per channel
         count = max(count, len(channels))
@@ -299,25 +342,47 @@ def as_text(value: Any) -> str:
     return str(np.round(np.asarray(value, dtype=float), 6).tolist())
 
 
-def temporary_folder(target: Path) -> Path:
+@contextmanager
+def readable(file: Path, ending: str) -> Iterator[Path]:
+    """A scan's file; a folder of DICOM files is for the time being one image file with the ending.
+
+    Raises: ValueError where the folder does not hold exactly one DICOM series.
+    """
+    if not file.is_dir():
+        yield file
+        return
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
+    if len(series) != 1:
+        raise ValueError(f"{len(series)} DICOM series in the folder, expected one")
+    slices = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(file), series[0])
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, f"{file.name}_0000{ending}")
+        sitk.WriteImage(sitk.ReadImage(slices), str(path))
+        yield path
+
+
+def temporary_folder(target: Path, part_id: int = 0, num_parts: int = 1) -> Path:
     """Where cases are written before they are moved; on the same disk, outside of what nnU-Net and the loader read."""
-    return target.with_name(f"{target.name}.tmp")
+    part = f".{part_id}of{num_parts}" if num_parts > 1 else ""
+    return target.with_name(f"{target.name}{part}.tmp")
 
 
 def preprocess_case(
     case: str,
     files: Sequence[Path],
     target: Path,
+    scratch: Path,
     plans: PlansManager,
     configuration: ConfigurationManager,
     dataset_json: dict,
 ) -> None:
-    """Preprocess one scan with nnU-Net, into the temporary folder, and move its files into `target`."""
-    unfinished = temporary_folder(target) / case
+    """Preprocess one scan with nnU-Net, into the folder `scratch`, and move its files into `target`."""
     preprocessor = configuration.preprocessor_class(verbose=False)
-    preprocessor.run_case_save(str(unfinished), [str(file) for file in files], None, plans, configuration, dataset_json)
+    with ExitStack() as stack:
+        images = [str(stack.enter_context(readable(file, dataset_json["file_ending"]))) for file in files]
+        preprocessor.run_case_save(str(scratch / case), images, None, plans, configuration, dataset_json)
     for suffix in FILES:
-        os.replace(f"{unfinished}{suffix}", target / f"{case}{suffix}")
+        os.replace(scratch / f"{case}{suffix}", target / f"{case}{suffix}")
 
 
 @contextmanager

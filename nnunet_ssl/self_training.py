@@ -18,6 +18,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
 from nnunet_ssl.preprocessing import (
+    channel_names,
     find_scans,
     load_plans,
     name_problems,
@@ -167,7 +168,8 @@ def sort_cases(
     if twice:
         raise ValueError(f"{splits}: cases of fold {fold} are unlabeled and labeled at once: {', '.join(twice[:5])}.")
     scans = {case: cases[case]["images"] for case in entry.get("unlabeled", [])}
-    own = find_scans(raw / "imagesUn", dataset_json["file_ending"])[0]
+    single = len(channel_names(dataset_json)) == 1
+    own = find_scans(raw / "imagesUn", dataset_json["file_ending"], single)[0]
     taken = taken_names(raw, splits.parent, dataset_json, set())
     problems = name_problems(own, f"rename or remove it in {raw / 'imagesUn'}", taken)
     if problems:
@@ -185,9 +187,8 @@ def check_scans(
     scans: dict[str, list[str]], dataset_json: dict, reader: type[BaseReaderWriter], num_processes: int
 ) -> None:
     """Reads the scans of imagesUn, before a model spends hours on some; raises ValueError with a line per problem."""
-    channels = list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
     jobs = {
-        case: (case, [Path(file) for file in files], channels, dataset_json["file_ending"], reader)
+        case: (case, [Path(file) for file in files], channel_names(dataset_json), dataset_json["file_ending"], reader)
         for case, files in scans.items()
     }
     with worker_pool(min(num_processes, len(jobs))) as pool:

@@ -27,7 +27,13 @@ from nnunet_ssl import pseudo_labels
 from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
 from nnunet_ssl.files import replacing
 from nnunet_ssl.networks import average_gradients, unwrap
-from nnunet_ssl.preprocessing import check_settings, find_scans, preprocessing_settings, unlabeled_folder
+from nnunet_ssl.preprocessing import (
+    channel_names,
+    check_settings,
+    find_scans,
+    preprocessing_settings,
+    unlabeled_folder,
+)
 from nnunet_ssl.random_state import get_random_state, set_random_state
 
 CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
@@ -282,7 +288,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         if paths.nnUNet_raw.is_set():
             images = Path(paths.nnUNet_raw) / self.plans_manager.dataset_name / "imagesUn"
-            missing = find_scans(images, self.dataset_json["file_ending"])[0].keys() - unlabeled.keys()
+            single = len(channel_names(self.dataset_json)) == 1
+            missing = find_scans(images, self.dataset_json["file_ending"], single)[0].keys() - unlabeled.keys()
             if missing:
                 self.print_to_log_file(
                     f"WARNING: {len(missing)} scans of {images} are not preprocessed and not used. Run: nnunet-ssl "
