@@ -23,12 +23,12 @@ from nnunet_ssl.files import replacing
 
 DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
-TRAINERS = ("nnUNetTrainer_5epochs", "nnUNetTrainerM3_5epochs")  # an epoch of nnU-Net has 250 steps
+TRAINERS = ("nnUNetTrainer_7epochs", "nnUNetTrainerM3_7epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
 # Ranges of the standard deviations of noise and background texture, and of the bias field's slope: the labeled scans
 # are of one good scanner, the others of any scanner.
 ONE_SCANNER = {"noise": (5, 10), "texture": (15, 15), "slope": (0, 0.4)}
-ANY_SCANNER = {"noise": (5, 40), "texture": (15, 35), "slope": (0, 2)}
+ANY_SCANNER = {"noise": (5, 30), "texture": (15, 30), "slope": (0, 1.3)}
 SEED = 0  # of the scans; the training is not seeded, nnU-Net does not seed it either
 SHAPE = (24, 32, 32)  # voxels of a scan, slices first
 SPACING = 3.0  # mm, along every axis

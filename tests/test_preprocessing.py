@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage.io import imsave
 
+from nnunet_ssl.data import UnlabeledDataset
 from nnunet_ssl.preprocessing import (
     FILES,
     find_scans,
@@ -503,3 +505,125 @@ def test_workers_end_when_their_parent_is_killed():
 def test_a_case_that_fails_is_named():
     with worker_pool(1) as pool, pytest.raises(RuntimeError, match="Working failed at case_7: ValueError: invalid lit"):
         run_all(pool, int, {"case_7": ("x",)}, "Working")
+
+
+# ---- one channel: plain names, DICOM series, test scans, parts ----
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Raw and preprocessed folder of a planned dataset with one channel; every test starts without unlabeled cases."""
+    raw = tiny.make_raw_dataset(943, "Single", cases=2, unlabeled=3, test=2)
+    return raw, tiny.plan(943, ("3d_fullres",))
+
+
+@pytest.fixture
+def single_target(single):
+    target = target_of(single[1])
+    yield target
+    shutil.rmtree(target, ignore_errors=True)
+    target.with_name(f"{target.name}.json").unlink(missing_ok=True)
+
+
+def preprocess_single(**kwargs):
+    preprocess_unlabeled("943", ["3d_fullres"], **{"num_processes": 0, **kwargs})
+
+
+def array_of(target, case):
+    return UnlabeledDataset({case: target / f"{case}.b2nd"}).load_image(case)[:]
+
+
+def write_dicom(image, folder):
+    """One file per slice, as a scanner writes them, but in no order of their names."""
+    folder.mkdir()
+    direction, spacing = image.GetDirection(), image.GetSpacing()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for index in range(image.GetDepth()):
+        slice_ = sitk.Cast(image[:, :, index], sitk.sitkInt16)
+        position = image.TransformIndexToPhysicalPoint((0, 0, index))
+        tags = {
+            "0008|0060": "MR",
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
+            "0020|000e": "1.2.826.0.1.3680043.2.1125.1.1",
+            "0020|0037": "\\".join(map(str, (*direction[0:9:3], *direction[1:9:3]))),
+            "0020|0032": "\\".join(map(str, position)),
+            "0020|0013": str(index),
+            "0018|0050": str(spacing[2]),
+            "0028|0030": f"{spacing[1]}\\{spacing[0]}",
+        }
+        for tag, value in tags.items():
+            slice_.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{(7 * index) % image.GetDepth():03d}.dcm"))
+        writer.Execute(slice_)
+
+
+def test_plain_names_and_dicom_series_are_scans_too(single, single_target, tmp_path):
+    image = sitk.ReadImage(str(single[0] / "imagesUn" / "unlabeled_000_0000.nii.gz"))
+    image = sitk.Cast(sitk.Cast(image, sitk.sitkInt16), sitk.sitkFloat32)  # DICOM has whole numbers
+    image.SetSpacing((1.5, 1.25, 2.0))
+    for name in ("numbered_0000.nii.gz", "plain.nii.gz"):
+        sitk.WriteImage(image, str(tmp_path / name))
+    write_dicom(image, tmp_path / "series")
+    preprocess_single(images=tmp_path, num_processes=2)
+    assert {n for n in names_in(single_target) if n.endswith(".pkl")} == {"numbered.pkl", "plain.pkl", "series.pkl"}
+    expected = array_of(single_target, "numbered")
+    assert expected.shape[1:] != image.GetSize()[::-1]  # it was resampled: the spacing counts
+    assert np.array_equal(array_of(single_target, "plain"), expected)
+    np.testing.assert_allclose(array_of(single_target, "series"), expected, atol=1e-4)
+
+
+def test_a_folder_without_exactly_one_dicom_series_is_named(single, single_target, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: cannot be read \(0 DICOM series in the folder, expected one\)"):
+        preprocess_single(images=tmp_path)
+    assert not single_target.exists()
+
+
+def test_plain_names_are_no_scans_where_there_are_several_channels(folder, images):
+    (images / f"{CASES[0]}_0000.nii.gz").rename(images / "plain.nii.gz")
+    with pytest.raises(ValueError, match=r"plain\.nii\.gz: not a scan; expected CASE_0000\.nii\.gz"):
+        preprocess(images=images)
+
+
+def test_test_scans_are_used_on_demand_only_and_said_to_be_transductive(single, single_target, tmp_path, capsys):
+    shutil.copy(single[0] / "imagesTs" / "test_000_0000.nii.gz", tmp_path)
+    with pytest.raises(ValueError, match=r"test_000: also in .*imagesTs"):
+        preprocess_single(images=tmp_path)
+    preprocess_single(images=single[0] / "imagesTs")
+    assert "transductive" in capsys.readouterr().out
+    preprocess_single()  # imagesUn as well, later: what was chosen stays chosen
+    assert "transductive" not in capsys.readouterr().out
+    cases = {n.removesuffix(".pkl") for n in names_in(single_target) if n.endswith(".pkl")}
+    assert cases == {"test_000", "test_001", "unlabeled_000", "unlabeled_001", "unlabeled_002"}
+    preprocess_single()
+
+
+def test_parts_share_the_scans(single, single_target, capsys):
+    for part in range(2):
+        preprocess_single(num_parts=2, part_id=part)
+    done = re.findall(r"(\d) unlabeled cases in .*, (\d) of them new", capsys.readouterr().out)
+    assert done == [("2", "2"), ("3", "1")]
+    parts = {n: array_of(single_target, n[:-4]) for n in names_in(single_target) if n.endswith(".pkl")}
+    shutil.rmtree(single_target)
+    preprocess_single()
+    assert parts.keys() == {n for n in names_in(single_target) if n.endswith(".pkl")}
+    assert all(np.array_equal(array_of(single_target, name[:-4]), array) for name, array in parts.items())
+
+
+def test_parts_at_the_same_time_do_not_disturb_each_other(single, single_target):
+    program = str(Path(sys.executable).with_name("nnunet-ssl"))
+    command = [program, "preprocess", "-d", "943", "-c", "3d_fullres", "-np", "1", "-num_parts", "3", "-part_id"]
+    runs = [subprocess.Popen([*command, str(part)], stderr=subprocess.PIPE, encoding="utf-8") for part in range(3)]
+    for run in runs:
+        _, errors = run.communicate(timeout=200)
+        assert run.returncode == 0, errors
+    assert len([n for n in names_in(single_target) if n.endswith(".pkl")]) == 3
+    assert not list(single_target.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("num_parts", "part_id"), [(2, 2), (2, -1), (0, 0)])
+def test_a_part_that_does_not_exist_is_refused(single, single_target, num_parts, part_id):
+    with pytest.raises(ValueError, match="-part_id must be from 0 to"):
+        preprocess_single(num_parts=num_parts, part_id=part_id)
+    assert not single_target.exists()
