@@ -144,6 +144,21 @@ def _export(options) -> None:
         print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} {arguments} -i IN -o OUT")
 
 
+def _evaluate(options) -> None:
+    from nnunet_ssl.evaluation import evaluate
+
+    print(
+        evaluate(
+            options.reference,
+            options.prediction,
+            options.dataset_json,
+            options.output,
+            options.num_processes,
+            options.protocol,
+        )
+    )
+
+
 def _doctor(options) -> int:
     from nnunet_ssl.doctor import doctor
 
@@ -244,6 +259,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
     sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
     sub.add_argument("--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)")
+
+    sub = command("evaluate", _evaluate, "Dice, Jaccard and surface distances of a folder of predictions.")
+    sub.add_argument("-r", dest="reference", type=Path, required=True, help="folder of the references, as labelsTs")
+    sub.add_argument("-p", dest="prediction", type=Path, required=True, help="folder of the predictions")
+    sub.add_argument("-djfile", dest="dataset_json", type=Path, help="dataset.json (default: that of the predictions)")
+    sub.add_argument("-o", dest="output", type=Path, help="folder for evaluation.csv and .json (default: -p)")
+    sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
+    sub.add_argument(
+        "--protocol",
+        choices=["strict", "literature"],
+        default="strict",
+        help="strict: distances in mm, undefined where a mask is empty; literature, as in published tables: in voxels, "
+        "the largest component of every label, 0 where the prediction is empty",
+    )
 
     sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
     sub.add_argument("-d", dest="dataset", help="dataset name or id")
