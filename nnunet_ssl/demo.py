@@ -35,6 +35,8 @@ SPACING = 3.0  # mm, along every axis
 PATCH = (20, 24, 24)  # voxels
 FEATURES = (8, 16, 32)  # of the network, per stage; every stage halves every axis
 BATCH_SIZE = 2
+PICTURE = "demo.png"
+SHOWN = 3  # scans in the picture: those on which the two differ most and least, and one between
 MARKER = "demo.json"  # in the output folder: says that the demo made it, and which commands have finished
 TAIL = 15  # lines of a failed command's log that are shown
 
@@ -91,11 +93,14 @@ def demo(output: Path) -> None:
             finished.append(str(command))
             write_marker(output, finished)
 
-    print(table({trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}))
+    scores = {trainer: dice(output / "predictions" / trainer / "summary.json") for trainer in TRAINERS}
+    print(table(scores))
+    picture(output, raw, scores)
     print(
         f"\nThe labeled scans are of one good scanner, the unlabeled ones and the test scans of any scanner. Both "
         f"trainings took the same number of steps. So short trainings differ by several points from run to run: this "
         f"shows the way, it is no benchmark.\n"
+        f"picture:     {output / PICTURE}\n"
         f"predictions: {output / 'predictions'}\n"
         f"models:      {output / 'nnUNet_results' / DATASET}\n"
         f"logs:        {output / 'logs'}"
@@ -225,6 +230,22 @@ def table(scores: dict[str, list[float]]) -> str:
         figures = f"{statistics.mean(values):.1f} | {min(values):.1f}"
         lines.append(f"| {trainer} | {CASES['labeled']} | {unlabeled} | {figures} |")
     return "\n".join(lines)
+
+
+def picture(output: Path, raw: Path, scores: dict[str, list[float]]) -> None:
+    """Writes a picture of both trainers' predictions on some test scans."""
+    from nnunet_ssl.pictures import compare_segmentations  # imports matplotlib
+
+    without, with_unlabeled = scores.values()
+    order = np.argsort(np.subtract(with_unlabeled, without))
+    chosen = [int(order[round(i)]) for i in np.linspace(len(order) - 1, 0, SHOWN)]
+    references = [sorted((raw / "labelsTs").iterdir())[index] for index in chosen]
+    compare_segmentations(
+        [raw / "imagesTs" / f.name.replace(".nii.gz", "_0000.nii.gz") for f in references],
+        references,
+        {name.partition("_")[0]: [output / "predictions" / name / f.name for f in references] for name in scores},
+        output / PICTURE,
+    )
 
 
 def write_dataset(folder: Path, seed: int = SEED) -> None:

@@ -259,6 +259,7 @@ def test_a_demo_that_failed_goes_on_behind_the_last_finished_command(tmp_path, m
     monkeypatch.setattr(demo, "commands", lambda output, device: steps)
     monkeypatch.setattr(demo, "write_dataset", lambda folder: None)
     monkeypatch.setattr(demo, "add_configuration", lambda file: None)
+    monkeypatch.setattr(demo, "picture", lambda *_: None)
     output = tmp_path / "demo"
     with pytest.raises(SystemExit, match="exit code 1"):
         demo.demo(output)
