@@ -52,10 +52,10 @@ def test_the_demo_shows_the_scans_that_gain_most_and_least(tmp_path, monkeypatch
             images=images, references=references, predictions=predictions, output=output
         ),
     )
-    demo.picture(tmp_path, raw, {"A_7epochs": [50.0, 60, 70, 80], "B_7epochs": [55.0, 90, 60, 80]})
+    demo.picture(tmp_path, raw, {"A_8epochs": [50.0, 60, 70, 80], "B_8epochs": [55.0, 90, 60, 80]})
     assert shown["references"][0].name == "test_1.nii.gz"  # + 30
     assert shown["references"][-1].name == "test_2.nii.gz"  # - 10
     assert shown["images"][0].name == "test_1_0000.nii.gz"
     assert list(shown["predictions"]) == ["A", "B"]
-    assert shown["predictions"]["B"][0] == tmp_path / "predictions" / "B_7epochs" / "test_1.nii.gz"
+    assert shown["predictions"]["B"][0] == tmp_path / "predictions" / "B_8epochs" / "test_1.nii.gz"
     assert shown["output"] == tmp_path / demo.PICTURE

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 from training import make_trainer, seed
 
@@ -300,6 +301,20 @@ def test_any_number_of_epochs_has_a_variant():
     ):
         with pytest.raises(AttributeError, match=name):
             find(name)
+
+
+def test_the_supervised_baseline_has_them_too(tiny_dataset):
+    variant = recursive_find_trainer_class_by_name("nnUNetTrainer_7epochs")
+    assert variant.__name__ == "nnUNetTrainer_7epochs"
+    trainer = make_trainer(variant, tiny_dataset, num_epochs=7)
+    assert isinstance(trainer, nnUNetTrainer)
+    assert not isinstance(trainer, SemiSupervisedTrainer)
+    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((tiny_dataset / "dataset.json").read_text())
+    made = variant(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    assert made.num_epochs == 7
+    assert made.my_init_kwargs["configuration"] == "3d_fullres"
+    assert recursive_find_trainer_class_by_name("nnUNetTrainer_5epochs").__module__.startswith("nnunetv2")
 
 
 # ---- separate processes: workers, interruption, killing ----
