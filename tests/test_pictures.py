@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from matplotlib import colors, image
 
@@ -36,7 +37,9 @@ def test_reference_and_prediction_are_outlined_where_they_are(tmp_path):
     blue = [pixels(tmp_path / f"{name}.png", PREDICTION) for name in ("both", "one", "none")]
     orange = [pixels(tmp_path / f"{name}.png", REFERENCE) for name in ("both", "one", "none")]
     legend = blue[2]  # the line in the legend is there in any case
-    assert blue[0] - legend == 2 * (blue[1] - legend) > 100
+    # the other column may be a little larger: it has no label below
+    assert blue[0] - legend == pytest.approx(2 * (blue[1] - legend), rel=0.2)
+    assert blue[1] - legend > 100
     assert min(orange) > 1000
     assert {p.name for p in tmp_path.iterdir() if p.suffix not in (".gz", "")} == {"both.png", "one.png", "none.png"}
 
