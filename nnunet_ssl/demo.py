@@ -98,8 +98,8 @@ def demo(output: Path) -> None:
     picture(output, raw, scores)
     print(
         f"\nThe labeled scans are of one good scanner, the unlabeled ones and the test scans of any scanner. Both "
-        f"trainings took the same number of steps. So short trainings differ by several points from run to run: this "
-        f"shows the way, it is no benchmark.\n"
+        f"trainings took the same number of steps. So short trainings differ by some points from run to run, and the "
+        f"scans are made up: this shows the way, it is no benchmark.\n"
         f"picture:     {output / PICTURE}\n"
         f"predictions: {output / 'predictions'}\n"
         f"models:      {output / 'nnUNet_results' / DATASET}\n"
