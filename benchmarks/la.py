@@ -37,7 +37,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_ssl.demo import small_configuration
-from nnunet_ssl.evaluation import surface_distances
+from nnunet_ssl.evaluation import case_metrics
 from nnunet_ssl.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,9 +135,8 @@ def measure(prediction: Path, reference: Path) -> list[float]:
     """Dice in percent, 95 % Hausdorff distance and average surface distance in mm of two label files."""
     images = [sitk.ReadImage(str(file)) for file in (prediction, reference)]
     ours, theirs = (sitk.GetArrayFromImage(image) == 1 for image in images)
-    distances = surface_distances(ours, theirs, images[1].GetSpacing()[::-1])
-    dice = 200 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
-    return [dice, distances.hd95, distances.asd]
+    metrics = case_metrics(ours, theirs, images[1].GetSpacing()[::-1])
+    return [100 * metrics["Dice"], metrics["HD95_mm"], metrics["ASD_mm"]]
 
 
 def record(args, run: list[str], metrics: dict[str, list[float]]) -> None:

@@ -63,7 +63,8 @@ def export_model(
     files = [model / folder / checkpoint for folder in folders] or [model / "fold_0" / checkpoint]
     missing = [str(file) for file in [*files, *(model / name for name in NEEDED)] if not file.is_file()]
     if missing:
-        fold = Path(missing[0]).parent.name.removeprefix("fold_") if "fold_" in missing[0] else "0"
+        untrained = (folder for folder in folders if not (model / folder / checkpoint).is_file())
+        fold = next(untrained, "fold_0").removeprefix("fold_")
         raise FileNotFoundError(
             f"{', '.join(missing)} is missing. Train it first: "
             f"nnUNetv2_train {dataset[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
