@@ -45,7 +45,7 @@ def prepared(name: str, args) -> tuple:
     trainer = find_trainer(name, args)
     trainer.on_train_start()
     trainer.network.train()
-    trainer.step = trainer.max_steps // 2 if hasattr(trainer, "max_steps") else 0  # all terms are there by now
+    trainer.step = trainer.max_steps // 3 if hasattr(trainer, "max_steps") else 0  # all terms are there
     return trainer, [next(trainer.dataloader_train) for _ in range(BLOCK)]
 
 

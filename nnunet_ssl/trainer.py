@@ -73,8 +73,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Yields dicts of named, weighted scalar terms; the terms of one dict share one forward graph.
 
         Each dict is back-propagated and its graph freed before the next one is asked for, so the peak memory is that
-        of the largest graph and the update that of the sum of all terms. Every step has the same terms; the name
-        "loss" is taken by their sum.
+        of the largest graph and the update that of the sum of all terms. A name may come again, its values are
+        summed. Every step has the same terms; the name "loss" is taken by their sum.
         """
         raise NotImplementedError
 

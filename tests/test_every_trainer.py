@@ -27,8 +27,8 @@ def started(trainer_class, configuration, dataset, request, **settings):
 
 
 def late(trainer):
-    """The trainer in the middle of its training: pretraining and ramp-ups are over, all terms are there."""
-    trainer.step = trainer.max_steps // 2
+    """The trainer after a third of its training: pretraining is over, and patches are still mixed."""
+    trainer.step = trainer.max_steps // 3
     return trainer
 
 
@@ -40,9 +40,7 @@ def groups_of_terms(trainer, batch):
 def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, request):
     trainer = started(trainer_class, configuration, dataset, request)
     groups = groups_of_terms(trainer, trainer._to_device(next(trainer.dataloader_train)))
-    names = [name for group in groups for name in group]
-    assert names
-    assert len(set(names)) == len(names)
+    assert any(groups)
     for group in groups:
         for name, value in group.items():
             assert isinstance(name, str)

@@ -102,7 +102,7 @@ def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(ti
 
 def test_m3_differs_from_m3hl_in_attributes_only():
     own = {name: value for name, value in vars(nnUNetTrainerM3).items() if not name.startswith("__")}
-    assert own == {"feature_weight": 0.0}
+    assert own == {"feature_weight": 0.0, "unmixed": 0.4}
     assert nnUNetTrainerM3.__bases__ == (nnUNetTrainerM3HL,)
 
 

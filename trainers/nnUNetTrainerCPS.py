@@ -5,8 +5,6 @@ the SSL4MIS benchmark; its weight lies between that benchmark's (0.1, or 0.2 whe
 the paper's (1.5). The first student is deployed. With -pretrained_weights only the first student starts from them.
 """
 
-import torch
-
 from nnunet_ssl.losses import cross_entropy
 from nnunet_ssl.networks import logits
 from nnunet_ssl.schedules import sigmoid_rampup
@@ -25,18 +23,17 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
     def losses(self, batch):
         first, second = self.network, self.companions.student_2
         weight = self.cross_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
-        # one more forward pass instead of two graphs in memory at the same time
-        with torch.no_grad():
-            labels_of_second = self.hard_labels(logits(second, batch.unlabeled))
-
         yield {"supervised": self.loss(first(batch.image), batch.target)}
-        output = logits(first, batch.unlabeled)
-        labels_of_first = self.hard_labels(output)
-        yield {"cross": weight * cross_entropy(self.loss, output, labels_of_second)}
-        del output
-
         yield {"supervised_2": self.loss(second(batch.image), batch.target)}
-        yield {"cross_2": weight * cross_entropy(self.loss, logits(second, batch.unlabeled), labels_of_first)}
+        # both graphs of half a batch need the memory of one graph of a whole batch
+        for part in batch.unlabeled.split((len(batch.unlabeled) + 1) // 2):
+            share = weight * len(part) / len(batch.unlabeled)
+            output, output_2 = logits(first, part), logits(second, part)
+            yield {
+                "cross": share * cross_entropy(self.loss, output, self.hard_labels(output_2)),
+                "cross_2": share * cross_entropy(self.loss, output_2, self.hard_labels(output)),
+            }
+            del output, output_2
 
 
 __getattr__ = epoch_variants(globals())

@@ -24,7 +24,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
     mask_ratio = 0.5  # part of the cells that half a takes from unlabeled images; half b has the complement
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
-    unmixed = 0.4  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
+    unmixed = 0.6  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
     largest_component = False  # clean pseudo labels: keep the largest component per class
@@ -105,6 +105,7 @@ class nnUNetTrainerM3(nnUNetTrainerM3HL):
     """M3: M3HL's mutual mask mix without the feature terms."""
 
     feature_weight = 0.0
+    unmixed = 0.4
 
 
 __getattr__ = epoch_variants(globals())
