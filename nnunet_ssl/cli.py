@@ -159,6 +159,22 @@ def _evaluate(options) -> None:
     )
 
 
+def _preview(options) -> None:
+    from nnunet_ssl.preview import preview
+
+    mixed = preview(
+        options.dataset,
+        options.configuration,
+        options.fold,
+        options.trainer,
+        options.output,
+        options.plans,
+        options.checkpoint,
+        options.device,
+    )
+    print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer} does not mix patches."))
+
+
 def _doctor(options) -> int:
     from nnunet_ssl.doctor import doctor
 
@@ -273,6 +289,16 @@ def _parser() -> argparse.ArgumentParser:
         help="strict: distances in mm, undefined where a mask is empty; literature, as in published tables: in voxels, "
         "the largest component of every label, 0 where the prediction is empty",
     )
+
+    sub = command("preview", _preview, "Draw one training batch as the method sees it, with what it mixes.")
+    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    sub.add_argument("-c", dest="configuration", required=True, help="configuration, as 3d_fullres")
+    sub.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold, a number or all")
+    sub.add_argument("-tr", dest="trainer", required=True, help="one of our trainers")
+    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    sub.add_argument("-chk", dest="checkpoint", help="a checkpoint of the fold (default: untrained networks)")
+    sub.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"])
+    sub.add_argument("-o", dest="output", type=Path, default=Path("preview.png"), help="picture (default: preview.png)")
 
     sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
     sub.add_argument("-d", dest="dataset", help="dataset name or id")

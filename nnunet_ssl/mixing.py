@@ -3,13 +3,26 @@
 Convention, said once: mask 1 keeps the first image, mask 0 takes the second one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+
+class Mix(NamedTuple):
+    """A call of `mix` and its result."""
+
+    first: Tensor
+    second: Tensor
+    mask: Tensor
+    result: Tensor
+
+
+_recorders: list[list[Mix]] = []
 MIN_CELL = 8  # voxels; thinner axes get fewer cells, so that a cell still shows the network some anatomy
 
 
@@ -122,7 +135,21 @@ def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """
     if first.shape != second.shape:
         raise ValueError(f"Only tensors of the same shape can be mixed, got {first.shape} and {second.shape}.")
-    return torch.where(mask.bool(), first, second)
+    result = torch.where(mask.bool(), first, second)
+    for recorder in _recorders:
+        recorder.append(Mix(first, second, mask, result))
+    return result
+
+
+@contextmanager
+def recorded() -> Iterator[list[Mix]]:
+    """Collects every call of `mix` inside the block: shows what a method really mixes, whatever it is."""
+    recorder: list[Mix] = []
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorders.remove(recorder)
 
 
 def halves(x: Tensor) -> Tensor:
