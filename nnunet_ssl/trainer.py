@@ -1,6 +1,5 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
-import csv
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_ssl import pseudo_labels
 from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
 from nnunet_ssl.files import replacing
+from nnunet_ssl.monitoring import History, labeler, observe
 from nnunet_ssl.networks import average_gradients, unwrap
 from nnunet_ssl.preprocessing import (
     channel_names,
@@ -35,6 +35,7 @@ from nnunet_ssl.preprocessing import (
     unlabeled_folder,
 )
 from nnunet_ssl.random_state import get_random_state, set_random_state
+from nnunet_ssl.schedules import sigmoid_rampup
 
 CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
 STOCK_SETTINGS = (  # nnU-Net sets these in __init__; as class attributes of a trainer they win
@@ -61,6 +62,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     """
 
     max_gradient_norm = 12  # as in nnU-Net, whose Primus trainers have 1
+    rampup = 0.0  # part of the training after which `self.ramp` is 1
     weak_view = False  # also give the method every unlabeled crop with spatial augmentation only
 
     # ---- what a method overrides ----
@@ -127,6 +129,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 setattr(self, name, getattr(type(self), name))
         self.step = 0
         self.companions = SimpleNamespace()
+        self._observations: dict = {}  # of the epoch's last batch
         self._resume_random_state = None
 
     def _restart_companions(self) -> None:
@@ -139,6 +142,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def max_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return self.num_epochs * self.num_iterations_per_epoch
+
+    @property
+    def ramp(self) -> float:
+        """Factor for the weights of unlabeled terms: sigmoid ramp-up over the first `rampup` part of the training."""
+        return sigmoid_rampup(self.step, self.rampup * self.max_steps)
 
     def initialize(self) -> None:
         self._refuse_unsupported()
@@ -318,7 +326,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             for leftover in Path(self.output_folder).glob(".checkpoint_*.tmp"):
                 leftover.unlink()  # a training that was killed while it wrote a checkpoint
-            self._trim_losses_csv()
+            self.history = History(Path(self.output_folder), labeler(self)[0].replace("_", " "))
+            self.history.trim(self.current_epoch)
         if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
             set_random_state(self._resume_random_state)
@@ -355,6 +364,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._update_weights()
         self.after_step()
         self.step += 1
+        if self.step % self.num_iterations_per_epoch == 0 and self.local_rank == 0:
+            self._observations = observe(self, batch)
         # one copy to the host for all terms, where nnU-Net has one for its loss
         values = torch.stack([value.float() for value in terms.values()]).cpu().numpy()
         return {"loss": values.sum(), **dict(zip(terms, values, strict=True))}
@@ -411,17 +422,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
         if self.local_rank != 0:
             return
+        self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        observations = {name: float(value) for name, value in self._observations.items()}
         for logger in self.logger.loggers:  # Weights & Biases, where nnU-Net has it enabled
             for name, value in means.items():
                 logger.log(f"losses/{name}", value, self.current_epoch)
-        self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-        path = Path(self.output_folder) / "losses.csv"
-        new = not path.is_file()
-        with path.open("a", newline="") as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(["epoch", *means])
-            writer.writerow([self.current_epoch, *means.values()])
+            for name, value in observations.items():
+                logger.log(f"semi_supervised/{name}", value, self.current_epoch)
+        self.history.append(self.current_epoch, means, observations)
+        self.history.draw(last=self.current_epoch == self.num_epochs - 1)
 
     def on_epoch_end(self) -> None:
         super().on_epoch_end()
@@ -430,21 +439,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if left > 0:
             finish = datetime.now() + left * timedelta(seconds=end - begin)
             self.print_to_log_file(f"{left} epochs left, until about {finish:%Y-%m-%d %H:%M}")
-
-    def _trim_losses_csv(self) -> None:
-        """Drops rows of epochs that a resumed (or a new) training is going to write again."""
-        path = Path(self.output_folder) / "losses.csv"
-        if not path.is_file():
-            return
-        with path.open(newline="") as f:
-            header, *rows = list(csv.reader(f)) or [[]]
-        # a line that was cut off belongs to an epoch that is going to be trained again
-        kept = [row for row in rows if len(row) == len(header) and int(row[0]) < self.current_epoch]
-        if kept:
-            with replacing(path) as temporary, open(temporary, "w", newline="") as f:
-                csv.writer(f).writerows([header, *kept])
-        else:
-            path.unlink()
 
     # ---- validation with the deployed network ----
 

@@ -29,6 +29,7 @@ from tiny import make_raw_dataset, plan, preprocess
 from torch._dynamo import OptimizedModule
 from training import every_trainer, make_trainer, seed
 
+from nnunet_ssl.monitoring import NAMES
 from nnunet_ssl.networks import unwrap
 from nnunet_ssl.preprocessing import preprocess_unlabeled
 from nnunet_ssl.splits import save_splits
@@ -274,8 +275,10 @@ def test_weights_and_biases(trainer_class, tiny_dataset, monkeypatch):
     monkeypatch.setenv("nnUNet_wandb_mode", "offline")
     trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=1)
     trainer.run_training()
-    terms = (Path(trainer.output_folder) / "losses.csv").read_text().splitlines()[0].split(",")[1:]
-    assert {f"losses/{name}" for name in terms} <= logged.keys()
+    columns = (Path(trainer.output_folder) / "losses.csv").read_text().splitlines()[0].split(",")[1:]
+    groups = {name: "semi_supervised" if name in NAMES else "losses" for name in columns}
+    assert set(groups.values()) == {"semi_supervised", "losses"}
+    assert {f"{group}/{name}" for name, group in groups.items()} <= logged.keys()
     assert "train_losses" in logged  # nnU-Net's own
 
 

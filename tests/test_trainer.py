@@ -222,19 +222,6 @@ def make_trainer_weights(trainer):
     return [p + scale * state[p]["momentum_buffer"] if p in state else p for p in group["params"]]
 
 
-def test_rows_of_losses_that_are_trained_again_or_were_cut_off_are_dropped(tiny_dataset):
-    trainer = make_trainer(TwoGraphs, tiny_dataset)
-    path = Path(trainer.output_folder) / "losses.csv"
-    for text, kept in (("epoch,loss\n0,1.5\n1,1.25\n2,", ["0,1.5"]), ("", None), ("epoch,loss\n5,1\n", None)):
-        path.write_text(text)
-        trainer.current_epoch = 1
-        trainer._trim_losses_csv()
-        if kept is None:
-            assert not path.exists()
-        else:
-            assert path.read_text().split() == ["epoch,loss", *kept]
-
-
 def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_path, monkeypatch):
     images = tmp_path / "Dataset701_Tiny" / "imagesUn"
     images.mkdir(parents=True)

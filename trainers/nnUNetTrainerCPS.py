@@ -7,7 +7,6 @@ the paper's (1.5). The first student is deployed. With -pretrained_weights only 
 
 from nnunet_ssl.losses import cross_entropy
 from nnunet_ssl.networks import logits
-from nnunet_ssl.schedules import sigmoid_rampup
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
@@ -22,7 +21,7 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
 
     def losses(self, batch):
         first, second = self.network, self.companions.student_2
-        weight = self.cross_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
+        weight = self.cross_weight * self.ramp
         yield {"supervised": self.loss(first(batch.image), batch.target)}
         yield {"supervised_2": self.loss(second(batch.image), batch.target)}
         # both graphs of half a batch need the memory of one graph of a whole batch

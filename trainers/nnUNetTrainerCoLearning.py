@@ -27,7 +27,7 @@ from nnunet_ssl.networks import (
     with_interpolation,
 )
 from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.schedules import sigmoid_rampup, warmup_decay
+from nnunet_ssl.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
@@ -58,7 +58,6 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
 
     def losses(self, batch):
         students = (self.network, self.companions.student_2)
-        ramp = sigmoid_rampup(self.step, self.rampup * self.max_steps)
         supervised = reweighted(self.loss, cross_entropy=float(self.cross_entropy), dice=1)
         dice = reweighted(full_resolution(self.loss), cross_entropy=0, dice=1)
         noisy = [add_noise(batch.unlabeled, self.noise) for _ in students]
@@ -76,8 +75,8 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             output = logits(student, noisy[number - 1])
             own = self.hard_labels(output)
             yield {
-                f"cross_{number}": ramp * self.unlabeled_weight * dice(output, peer),  # Eq. 4-6
-                f"teacher_{number}": ramp * self.unlabeled_weight * dice(output, pseudo),  # Eq. 7-9
+                f"cross_{number}": self.ramp * self.unlabeled_weight * dice(output, peer),  # Eq. 4-6
+                f"teacher_{number}": self.ramp * self.unlabeled_weight * dice(output, pseudo),  # Eq. 7-9
             }
             peer = own
             del output
@@ -89,7 +88,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             counts = annotated | (mask if reverse else ~mask)  # every voxel of the unlabeled scan does
             output = logits(student, add_noise(image, self.noise))
             difference = probability_mse(self.probabilities(output), target, counts)
-            yield {f"mix_{number}": ramp * self.mix_weight * difference}  # OUTDMIX, Eq. 15-17
+            yield {f"mix_{number}": self.ramp * self.mix_weight * difference}  # OUTDMIX, Eq. 15-17
             del output, image, target, difference
 
     def teach(self, image):

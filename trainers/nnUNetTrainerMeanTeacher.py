@@ -10,7 +10,7 @@ import torch
 from nnunet_ssl.losses import probability_mse
 from nnunet_ssl.networks import frozen_copy, logits, update_ema
 from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.schedules import sigmoid_rampup, warmup_decay
+from nnunet_ssl.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
@@ -31,7 +31,7 @@ class nnUNetTrainerMeanTeacher(SemiSupervisedTrainer):
         with torch.no_grad():
             noisy = add_noise(batch.unlabeled_weak, self.noise)
             target = self.probabilities(logits(self.companions.teacher, noisy))
-        weight = self.consistency_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
+        weight = self.consistency_weight * self.ramp
         prediction = self.probabilities(logits(self.network, batch.unlabeled))
         yield {"consistency": weight * probability_mse(prediction, target)}
 

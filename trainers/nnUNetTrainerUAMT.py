@@ -43,7 +43,7 @@ class nnUNetTrainerUAMT(SemiSupervisedTrainer):
             rise = (1 - self.initial_threshold) * sigmoid_rampup(self.step, self.max_steps)
             sure = uncertainty(mean, regions=self.label_manager.has_regions) < self.initial_threshold + rise
             del mean
-        weight = self.consistency_weight * sigmoid_rampup(self.step, self.rampup * self.max_steps)
+        weight = self.consistency_weight * self.ramp
         prediction = self.probabilities(logits(self.network, batch.unlabeled))
         yield {"consistency": weight * probability_mse(prediction, target, sure)}
 

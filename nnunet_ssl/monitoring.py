@@ -1,0 +1,191 @@
+"""What a training does, epoch by epoch, as a table and a picture: a falling loss alone proves nothing."""
+
+import csv
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, autocast, nn
+
+from nnunet_ssl.data import Batch
+from nnunet_ssl.files import replacing
+from nnunet_ssl.networks import forward_with_features, logits, unwrap
+
+if TYPE_CHECKING:
+    from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+# colours that people with any colour vision tell apart (Okabe and Ito)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("solid", "dashed", "dotted", "dashdot")
+NAMES = {  # column of the table to its name in the picture
+    "ramp": "weight of the ramp-up",
+    "agreement": "Dice of {other} and student",
+    "pseudo_confidence": "confidence of {other}'s foreground",
+    "labeled_foreground": "labels",
+    "pseudo_foreground": "labels by {other}",
+    "feature_distance": "of different patches",
+}
+DRAWING_SHARE = 0.005  # of the training time, at most
+
+
+@torch.no_grad()
+def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor | float]:
+    """What student and pseudo labels are like on one batch. Costs about a training step; nothing waits for a GPU.
+
+    Pseudo labels are those of the teacher, of the second student where there is no teacher, else of the student.
+
+    Returns:
+        ramp: weight of the ramp-up, where there is one.
+        labeled_foreground, pseudo_foreground: foreground voxels of labels and of pseudo labels, part of all voxels. A
+            pseudo_foreground that falls to 0 is the usual way in which self-training fails.
+        pseudo_confidence: mean probability of the pseudo labels in their foreground; NaN where there is none.
+        agreement: Dice of both networks' foreground on unlabeled patches; not where there is one network.
+        feature_distance: mean of 1 - cosine of the student's bottleneck features of different patches, in [0, 2]; 0
+            means that the features have collapsed. Not for networks without encoder stages.
+    """
+    student, (_, other) = unwrap(trainer.network), labeler(trainer)
+    view = batch.unlabeled if batch.unlabeled_weak is None else batch.unlabeled_weak
+    patches = torch.cat([batch.image[:1], view])  # there are always two for the distance
+    regions = trainer.label_manager.has_regions
+    values: dict[str, Tensor | float] = {"ramp": trainer.ramp} if trainer.rampup > 0 else {}
+    with ExitStack() as stack:
+        stack.enter_context(autocast("cuda") if trainer.device.type == "cuda" else nullcontext())
+        for network in {student, other}:
+            stack.enter_context(_evaluating(network))
+        if hasattr(student, "encoder"):
+            output, skips = forward_with_features(student, patches)
+            own = output[0] if isinstance(output, list) else output
+            features = F.normalize(skips[-1].float().flatten(1))
+            others = 1 - torch.eye(len(patches), device=features.device)
+            values["feature_distance"] = ((1 - features @ features.T) * others).sum() / others.sum()
+        else:
+            own = logits(student, patches)
+        own = trainer.probabilities(own)[1:]
+        pseudo = own if other is student else trainer.probabilities(logits(other, view))
+    truth, annotated = trainer.as_probabilities(batch.labels, pseudo.shape[1])
+    found, known = foreground(pseudo, regions), foreground(truth, regions) & annotated[:, 0]
+    values["labeled_foreground"] = known.sum() / annotated.sum()
+    values["pseudo_foreground"] = found.float().mean()
+    values["pseudo_confidence"] = (pseudo.amax(1) * found).sum() / found.sum()
+    if other is not student:
+        mine = foreground(own, regions)
+        values["agreement"] = 2 * (mine & found).sum() / (mine.sum() + found.sum())
+    return values
+
+
+def labeler(trainer: "SemiSupervisedTrainer") -> tuple[str, nn.Module]:
+    """Name and network whose labels the student learns from: the teacher, else the second student, else itself."""
+    networks = {"student": trainer.network, **vars(trainer.companions)}
+    name = "teacher" if "teacher" in networks else list(networks)[min(1, len(networks) - 1)]
+    return name, unwrap(networks[name])
+
+
+def foreground(probabilities: Tensor, regions: bool) -> Tensor:
+    """Voxels (B, *spatial) of any class but the background, or of any region: bool."""
+    return (probabilities > 0.5).any(1) if regions else probabilities.argmax(1) > 0
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+class History:
+    """losses.csv and semi_supervised.png in the folder of a fold."""
+
+    def __init__(self, folder: Path, other: str = "teacher"):
+        self.table, self.picture, self.other = folder / "losses.csv", folder / "semi_supervised.png", other
+        self._drawn_at, self._drawing_seconds = float("-inf"), 0.0
+
+    def trim(self, epoch: int) -> None:
+        """Drops rows of epochs that a resumed (or a new) training is going to write again: `epoch` and later ones."""
+        header, *rows = self.read() or [[]]
+        # a line that was cut off belongs to an epoch that is going to be trained again
+        kept = [row for row in rows if len(row) == len(header) and int(row[0]) < epoch]
+        if kept:
+            with replacing(self.table) as temporary, open(temporary, "w", newline="") as f:
+                csv.writer(f).writerows([header, *kept])
+        else:
+            self.table.unlink(missing_ok=True)
+
+    def append(self, epoch: int, losses: dict[str, float], observations: dict[str, float]) -> None:
+        """Adds a row: epoch, "loss", its terms, then the observations."""
+        new = not self.table.is_file()
+        with self.table.open("a", newline="") as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(["epoch", *losses, *observations])
+            writer.writerow([epoch, *losses.values(), *observations.values()])
+
+    def read(self) -> list[list[str]]:
+        """The lines of the table, empty where there is none."""
+        if not self.table.is_file():
+            return []
+        with self.table.open(newline="") as f:
+            return list(csv.reader(f))
+
+    def draw(self, last: bool = False) -> None:
+        """Draws the picture, unless drawing would take more than DRAWING_SHARE of the time since the last one."""
+        begin = time.perf_counter()
+        if not last and begin - self._drawn_at < self._drawing_seconds / DRAWING_SHARE:
+            return
+        header, *rows = self.read()
+        columns = dict(zip(header, zip(*(map(float, row) for row in rows), strict=True), strict=True))
+        with replacing(self.picture) as temporary:
+            draw(columns, self.other).savefig(temporary, format="png", dpi=100)
+        self._drawn_at = time.perf_counter()
+        self._drawing_seconds = self._drawn_at - begin
+
+
+def draw(columns: dict[str, tuple[float, ...]], other: str) -> Figure:
+    """Four panels over the epochs: loss terms; agreement, confidence and ramp-up; foreground; distance of features.
+
+    Args:
+        columns: those of losses.csv, by name.
+        other: name of the network that makes the pseudo labels.
+    """
+    epochs = columns["epoch"]
+    terms = {name: values for name, values in columns.items() if name not in ("epoch", *NAMES)}
+    named = {name: (text.format(other=other), columns.get(name)) for name, text in NAMES.items()}
+    panels = [
+        ("loss terms, weighted", "loss", terms),
+        ("pseudo labels on unlabeled patches", "0 to 1", _there(named, "agreement", "pseudo_confidence", "ramp")),
+        ("foreground", "part of the voxels (%)", _there(named, "labeled_foreground", "pseudo_foreground", factor=100)),
+        ("bottleneck features of the student", "1 - cosine", _there(named, "feature_distance")),
+    ]
+    figure = Figure(figsize=(11, 7.5))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.07, top=0.95, wspace=0.18, hspace=0.3)
+    for axis, (title, label, lines) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        _lines(axis, epochs, lines)
+        axis.set(title=title, xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if label != "loss":
+            axis.set_ylim(bottom=0)
+    figure.axes[1].set_ylim(0, 1.02)
+    return figure
+
+
+def _there(named: dict, *names: str, factor: float = 1.0) -> dict[str, list[float]]:
+    return {named[n][0]: [factor * value for value in named[n][1]] for n in names if named[n][1] is not None}
+
+
+def _lines(axis: Axes, epochs: tuple[float, ...], lines: dict) -> None:
+    looks = [(colour, style) for style in STYLES for colour in COLOURS]
+    marker = "o" if len(epochs) == 1 else None
+    for (name, values), (colour, style) in zip(lines.items(), cycle(looks), strict=False):
+        axis.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=3, label=name)
+    if lines:
+        axis.legend(frameon=False, fontsize="small")

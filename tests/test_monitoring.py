@@ -1,0 +1,208 @@
+"""The table and the picture of a training."""
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from equations import CLASSES, EVERY_KIND, started
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import every_trainer, make_trainer, seed
+
+from nnunet_ssl import monitoring
+from nnunet_ssl.monitoring import NAMES, History, draw, observe
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+
+every = pytest.mark.parametrize("trainer_class", every_trainer())
+
+
+def read(trainer):
+    with open(Path(trainer.output_folder) / "losses.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerMeanTeacher, nnUNetTrainerCPS])
+def test_the_observations_are_what_they_are_called(trainer_class, labels, labels_dataset, size):
+    trainer = started(trainer_class, labels_dataset)
+    trainer.step = 1
+    batch = labels.random_batch(size)
+    if not trainer.weak_view:
+        batch.unlabeled_weak = None
+    values = {name: float(value) for name, value in observe(trainer, batch).items()}
+
+    teacher = trainer_class is nnUNetTrainerMeanTeacher
+    view = batch.unlabeled_weak if teacher else batch.unlabeled
+    other = trainer.companions.teacher if teacher else trainer.companions.student_2
+    first = 0 if labels.regions else 1
+    found, own, sure = [], [], []
+    for patch in view:
+        probabilities = labels.probabilities(other(patch[None]))[0]
+        found.append((labels.hard(other(patch[None]))[0, :2] > 0).any(0))
+        own.append((labels.hard(trainer.network(patch[None]))[0, :2] > 0).any(0))
+        sure.append(probabilities.max(0).values)
+    found, own, sure = map(torch.stack, (found, own, sure))
+    truth, annotated = labels.truth(batch.target)[:, first:], labels.annotated(batch.target)[:, 0]
+    encode = trainer.network.encoder
+    codes = [encode(patch[None])[-1].flatten() for patch in (batch.image[0], *view)]
+    distances = [1 - a @ b / a.norm() / b.norm() for i, a in enumerate(codes) for b in codes[:i]]
+    assert values == pytest.approx(
+        {
+            "ramp": math.exp(-5 * (1 - 1 / (0.4 * trainer.max_steps)) ** 2),
+            "labeled_foreground": (((truth > 0).any(1) & annotated).sum() / annotated.sum()).item(),
+            "pseudo_foreground": found.float().mean().item(),
+            "pseudo_confidence": sure[found].mean().item(),
+            "agreement": (2 * (found & own).sum() / (found.sum() + own.sum())).item(),
+            "feature_distance": (sum(distances) / len(distances)).item(),
+        },
+        rel=1e-4,
+        abs=1e-6,
+        nan_ok=True,
+    )
+
+
+def test_a_method_of_one_network_and_a_network_without_stages(tiny_dataset):
+    class Alone(SemiSupervisedTrainer):
+        def losses(self, batch):
+            yield {"supervised": self.loss(self.network(batch.image), batch.target)}
+
+    trainer = started(Alone, tiny_dataset)
+    expected = {"labeled_foreground", "pseudo_foreground", "pseudo_confidence", "feature_distance"}
+    assert observe(trainer, CLASSES.random_batch(1)).keys() == expected
+    trainer.network = torch.nn.Conv3d(1, 2, 1)
+    assert observe(trainer, CLASSES.random_batch(1)).keys() == expected - {"feature_distance"}
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts the operations for which a GPU would make the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+        self.count += function.__name__.split(".")[0].startswith(waits)
+        return function(*args, **(kwargs or {}))
+
+
+@every
+def test_observing_changes_nothing_and_waits_for_nothing(trainer_class, tiny_dataset):
+    trainer = started(trainer_class, tiny_dataset)
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    networks = [trainer.network, *vars(trainer.companions).values()]
+    modes = [[module.training for module in network.modules()] for network in networks]
+    weights = [p.clone() for network in networks for p in network.parameters()]
+    state = torch.get_rng_state()
+    # one_hot looks at the values of tensors on the CPU, not of those on a GPU
+    known = trainer.as_probabilities(batch.labels, 2)
+    trainer.as_probabilities = lambda labels, channels: known
+    with HostCopies() as copies:
+        float(torch.ones(1))
+        assert copies.count == 1
+        observe(trainer, batch)
+    assert copies.count == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [[module.training for module in network.modules()] for network in networks] == modes
+    assert all(map(torch.equal, weights, (p for network in networks for p in network.parameters())))
+    assert all(p.grad is None for network in networks for p in network.parameters())
+
+
+@every
+def test_every_epoch_has_its_row_and_the_training_its_picture(trainer_class, tiny_dataset):
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=3)
+    trainer.run_training()
+    rows = read(trainer)
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert {"pseudo_foreground", "labeled_foreground", "agreement", "feature_distance"} <= rows[0].keys()
+    assert ("ramp" in rows[0]) == (trainer_class.rampup > 0)
+    for row in rows:
+        assert 0 < float(row["labeled_foreground"]) < 1
+        assert 0 <= float(row["pseudo_foreground"]) <= 1
+        assert float(row["feature_distance"]) > 0
+    # as the networks change, so do the observations
+    assert len({row["feature_distance"] for row in rows}) == 3
+    with Image.open(Path(trainer.output_folder) / "semi_supervised.png") as picture:
+        assert picture.size == (1100, 750)
+
+
+def test_the_step_has_no_observations_but_the_last_of_an_epoch(tiny_dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nnunet_ssl.trainer.observe", lambda trainer, batch: seen.append(trainer.step) or {})
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    trainer.num_iterations_per_epoch, trainer.step = 3, 0
+    for _ in range(7):
+        trainer.train_step(next(trainer.dataloader_train))
+    assert seen == [3, 6]
+
+
+def test_collapsed_features_have_no_distance(tiny_dataset):
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    norm = [m for m in trainer.network.encoder.modules() if isinstance(m, torch.nn.InstanceNorm3d)][-1]
+    torch.nn.init.zeros_(norm.weight)
+    torch.nn.init.ones_(norm.bias)
+    assert float(observe(trainer, CLASSES.random_batch(2))["feature_distance"]) == pytest.approx(0, abs=1e-5)
+
+
+# ---- the table and the picture ----
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("epoch,loss\n0,1.5\n1,1.25\n2,", ["epoch,loss", "0,1.5"]), ("", None), ("epoch,loss\n5,1\n", None)],
+)
+def test_rows_that_are_trained_again_or_were_cut_off_are_dropped(text, kept, tmp_path):
+    history = History(tmp_path)
+    history.table.write_text(text)
+    history.trim(1)
+    assert (history.table.read_text().split() if history.table.exists() else None) == kept
+
+
+def test_drawing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+
+    def slow(columns, other):
+        drawn.append(now[0])
+        now[0] += 0.5
+        return draw(columns, other)
+
+    monkeypatch.setattr(monitoring, "draw", slow)
+    monkeypatch.setattr(monitoring.time, "perf_counter", lambda: now[0])
+    history = History(tmp_path)
+    for epoch in range(20):
+        now[0] += 30
+        history.append(epoch, {"loss": 1.0}, {})
+        history.draw(last=epoch == 19)
+    assert drawn[0] == 30
+    assert drawn[-1] > 600  # the last one always
+    assert all(b - a >= 100 for a, b in itertools.pairwise(drawn[:-1]))  # 0.5 s are 0.5 % of 100 s
+    assert len(drawn) > 4
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["losses.csv", "semi_supervised.png"]
+
+
+def test_every_column_is_in_the_picture_with_names_and_units():
+    columns = {"epoch": (0.0, 1.0), "loss": (1.0, 0.5), "low": (0.1, 0.2)} | dict.fromkeys(NAMES, (0.5, math.nan))
+    figure = draw(columns, "student 2")
+    shown = {line.get_label() for axis in figure.axes for line in axis.lines}
+    assert shown == {"loss", "low", *(text.format(other="student 2") for text in NAMES.values())}
+    assert "Dice of student 2 and student" in shown
+    looks = [{(line.get_color(), line.get_linestyle()) for line in axis.lines} for axis in figure.axes]
+    assert [len(look) for look in looks] == [len(axis.lines) for axis in figure.axes] == [2, 3, 2, 1]
+    for axis in figure.axes:
+        assert axis.get_title()
+        assert axis.get_xlabel() == "epoch"
+        assert axis.get_ylabel()
+        assert axis.get_legend() is not None
+    assert figure.axes[2].lines[0].get_ydata()[0] == 50  # percent
+
+
+def test_a_method_with_many_terms_has_as_many_looks():
+    columns = {"epoch": (0.0,), **{f"term_{i}": (float(i),) for i in range(12)}}
+    lines = draw(columns, "teacher").axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
