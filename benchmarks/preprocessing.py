@@ -3,15 +3,18 @@
     python benchmarks/preprocessing.py -d 501 -c 3d_fullres -n 60
 
 nnU-Net is given the scans without labels as well (its preprocessor's run_case_save, one after the other), so that both
-do the same work; ours also reads every scan once more, to check it. One process each, in turns of ten scans.
+do the same work; ours also reads every scan once more, to check it. One process each, in turns of ten scans, in which
+either goes first every second time. Afterwards the command is killed several times and must end with the same files.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -47,27 +50,73 @@ def main() -> None:
         target.mkdir(parents=True)
         for file in ("nnUNetPlans.json", "dataset.json"):
             shutil.copy2(base / file, target)
-        for begin in range(0, len(files), TURN):
-            part = files[begin : begin + TURN]
-            images = scratch / f"images_{begin}"
-            images.mkdir()
-            for file in part:
-                os.symlink(file, images / f"unlabeled_{file.name}")
-            start = time.perf_counter()
-            preprocessor = configuration.preprocessor_class(verbose=False)
+        preprocessor = configuration.preprocessor_class(verbose=False)
+
+        def nnunet(part: list[Path], images: Path) -> None:
             for file in part:
                 output = str(scratch / file.name.split(".")[0])
                 preprocessor.run_case_save(output, [str(file)], None, plans, configuration, dataset_json)
-            seconds["nnU-Net"] += time.perf_counter() - start
-            start = time.perf_counter()
+
+        def ours(part: list[Path], images: Path) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 preprocess_unlabeled(args.dataset, [args.configuration], images=images, num_processes=1)
-            seconds["nnunet-ssl"] += time.perf_counter() - start
-        made = len(list(unlabeled_folder(target, configuration.data_identifier).glob("*.pkl")))
-        assert made == len(files)
-    for who, value in seconds.items():
-        print(f"{who}: {value / len(files):.2f} s per case, {len(files)} cases")
-    print(f"ratio {seconds['nnunet-ssl'] / seconds['nnU-Net']:.3f}")
+
+        for begin in range(0, len(files), TURN):
+            part = files[begin : begin + TURN]
+            images = link(part, scratch / f"images_{begin}")
+            both = [("nnU-Net", nnunet), ("nnunet-ssl", ours)]
+            for who, run in both if begin // TURN % 2 else reversed(both):
+                start = time.perf_counter()
+                run(part, images)
+                seconds[who] += time.perf_counter() - start
+        for who, value in seconds.items():
+            print(f"{who}: {value / len(files):.2f} s per case, {len(files)} cases")
+        print(f"ratio {seconds['nnunet-ssl'] / seconds['nnU-Net']:.3f}")
+
+        made, images = unlabeled_folder(target, configuration.data_identifier), link(files, scratch / "images")
+        shutil.rmtree(made)
+        ours(files, images)
+        expected = checksums(made)
+        assert len([name for name in expected if name.endswith(".pkl")]) == len(files)
+        shutil.rmtree(made)
+        kills = run_and_kill(args, images, seconds["nnunet-ssl"] / 4, made)
+        assert checksums(made) == expected
+        print(f"killed with {', '.join(map(str, kills))} of {len(files)} cases finished: the same files in the end")
+
+
+def link(files: list[Path], folder: Path) -> Path:
+    folder.mkdir()
+    for file in files:
+        os.symlink(file, folder / f"unlabeled_{file.name}")
+    return folder
+
+
+def run_and_kill(args, images: Path, seconds: float, made: Path) -> list[int]:
+    """Starts the command again and again and kills it after so many seconds of work, until it ends by itself.
+
+    Returns:
+        How many cases were finished at every kill.
+    """
+    command = ["nnunet-ssl", "preprocess", "-d", args.dataset, "-c", args.configuration, "-i", str(images), "-np", "1"]
+    finished = []
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list(made.glob("*.pkl")))
+        while process.poll() is None and len(list(made.glob("*.pkl"))) == before:
+            time.sleep(0.01)  # until it has started
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            finished.append(len(list(made.glob("*.pkl"))))
+            continue
+        assert process.returncode == 0
+        return finished
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
 if __name__ == "__main__":

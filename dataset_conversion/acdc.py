@@ -20,11 +20,10 @@ from nnunet_ssl.splits import check_splits, save_splits
 
 VAL_PATIENTS = [28, 85, 82, 87, 19, 30, 78, 45, 2, 39]
 TEST_PATIENTS = [11, 13, 84, 33, 93, 22, 68, 24, 83, 81, 80, 1, 7, 66, 8, 65, 75, 64, 59, 52]
-# The order matters: the first 3, 7 or 14 training patients are the labeled ones of the literature; the others follow by
-# their number.
-FIRST_PATIENTS = [99, 38, 50, 100, 58, 21, 49, 20, 72, 40, 60, 89, 4, 56]
-TRAIN_PATIENTS = FIRST_PATIENTS + [
-    number for number in range(1, 101) if number not in FIRST_PATIENTS + VAL_PATIENTS + TEST_PATIENTS
+TRAIN_PATIENTS = [  # the order matters: the first 3, 7 or 14 are the labeled ones of the literature
+    *[99, 38, 50, 100, 58, 21, 49, 20, 72, 40, 60, 89, 4, 56, 98, 96, 31, 18, 94, 47, 48, 55, 97, 74, 43, 41, 63, 37],
+    *[95, 54, 26, 88, 32, 69, 6, 71, 12, 73, 61, 17, 25, 10, 57, 29, 51, 5, 36, 46, 62, 34, 76, 92, 70, 77, 67, 3, 91],
+    *[16, 14, 44, 42, 90, 53, 27, 35, 86, 23, 9, 79, 15],
 ]
 LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
 

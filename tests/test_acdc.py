@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from tiny import plan
 from training import make_trainer, seed
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.dataset_conversion import acdc
 from nnunet_ssl.dataset_conversion.acdc import (
-    FIRST_PATIENTS,
     TEST_PATIENTS,
     TRAIN_PATIENTS,
     VAL_PATIENTS,
@@ -25,6 +26,7 @@ from nnunet_ssl.dataset_conversion.acdc import (
 from nnunet_ssl.preprocessing import preprocess_unlabeled
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
+PUBLISHED = {"train": "76d973d20442f6b1", "val": "244cbfed9e62e1e7", "test": "13aa61368f3af0a8"}  # lists of SSL4MIS
 SHAPE = (8, 26, 24)  # slices, rows, columns
 FRAMES = 6
 SPACING = (1.5, 1.25, 5.0)  # mm, columns first
@@ -170,7 +172,26 @@ def test_the_published_split_has_70_10_and_20_patients():
     assert all(len(fold["val"]) == 20 for fold in folds)
     assert folds[1]["train"] == ["99a", "99b", "38a", "38b", "50a", "50b"]
     assert folds[0]["train"][6:] == ["100a", "100b", "58a", "58b", "21a", "21b", "49a", "49b"]
-    assert len(set(FIRST_PATIENTS)) == 14
+    lists = {"train": TRAIN_PATIENTS, "val": VAL_PATIENTS, "test": TEST_PATIENTS}
+    assert {name: checksum(patients) for name, patients in lists.items()} == PUBLISHED
+
+
+def checksum(patients):
+    return hashlib.sha256(" ".join(f"{number:03d}" for number in patients).encode()).hexdigest()[:16]
+
+
+def test_published_folds_have_the_published_numbers_of_slices():
+    """68 slices for 3 patients and 136 for 7, as SSL4MIS and its successors count them."""
+    root = os.environ.get("ACDC_ROOT")
+    if root is None:
+        pytest.skip("needs the real data: set ACDC_ROOT to the challenge's folder")
+    patients = acdc._find_patients(acdc._root(Path(root)), allow_missing=False)
+    slices = [
+        sum(sitk.ReadImage(image).GetSize()[2] for image, _ in patients[number].frames.values())
+        for number in TRAIN_PATIENTS[:7]
+    ]
+    assert sum(slices[:3]) == 68
+    assert sum(slices) == 136
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])

@@ -130,6 +130,25 @@ def test_nrrd_keeps_voxels_type_and_geometry(nrrd):
         np.testing.assert_allclose(written.GetDirection(), DIRECTION)
 
 
+def test_the_challenges_own_sizes(nrrd):
+    sizes = {"TRAIN00": (576, 576, 88), "TEST0": (640, 640, 88)}
+    for case, size in sizes.items():
+        image, label = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+        image[-2, 5, 3], label[100:300, -40:, 30:60] = 200, 255
+        write_nrrd(nrrd / "source" / case / "lgemri.nrrd", image, (0.625, 0.625, 0.625))
+        write_nrrd(nrrd / "source" / case / "laendo.nrrd", label, (0.625, 0.625, 0.625))
+    raw = convert(nrrd)
+    for folder, (case, size) in zip(("Tr", "Ts"), sizes.items(), strict=True):
+        image = sitk.ReadImage(raw / f"images{folder}" / f"{case}_0000.nii.gz")
+        label = sitk.ReadImage(raw / f"labels{folder}" / f"{case}.nii.gz")
+        for file in (image, label):
+            assert file.GetSize() == size
+            np.testing.assert_allclose(file.GetSpacing(), (0.625, 0.625, 0.625), rtol=1e-6)
+        assert image[size[0] - 2, 5, 3] == 200
+        assert label[299, size[1] - 1, 59] == 1
+        assert sitk.GetArrayViewFromImage(label).sum() == 200 * 40 * 30
+
+
 def test_h5_is_read_as_x_y_z_with_the_challenges_spacing(h5):
     raw = convert(h5)
     image, label = voxels(seed=3)
