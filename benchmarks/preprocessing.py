@@ -3,7 +3,7 @@
     python benchmarks/preprocessing.py -d 501 -c 3d_fullres -n 60
 
 nnU-Net is given the scans without labels as well (its preprocessor's run_case_save, one after the other), so that both
-do the same work; ours also reads every scan once more, to check it. One process each, in turns of thirty scans, in which
+do the same work; ours also reads every scan once more, to check it. One process each, in turns of 30 scans, in which
 either goes first every second time. Afterwards the command is killed several times and must end with the same voxels.
 """
 

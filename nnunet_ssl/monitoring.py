@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -144,7 +145,8 @@ class History:
             return
         header, *rows = self.read()
         columns = dict(zip(header, zip(*(map(float, row) for row in rows), strict=True), strict=True))
-        with replacing(self.picture) as temporary:
+        # nnU-Net's progress.png leaves huge fonts behind
+        with style.context("default"), replacing(self.picture) as temporary:
             draw(columns, self.other).savefig(temporary, format="png", dpi=100)
         self._drawn_at = time.perf_counter()
         self._drawing_seconds = self._drawn_at - begin
@@ -183,9 +185,9 @@ def _there(named: dict, *names: str, factor: float = 1.0) -> dict[str, list[floa
 
 
 def _lines(axis: Axes, epochs: tuple[float, ...], lines: dict) -> None:
-    looks = [(colour, style) for style in STYLES for colour in COLOURS]
+    looks = [(colour, dashes) for dashes in STYLES for colour in COLOURS]
     marker = "o" if len(epochs) == 1 else None
-    for (name, values), (colour, style) in zip(lines.items(), cycle(looks), strict=False):
-        axis.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=3, label=name)
+    for (name, values), (colour, dashes) in zip(lines.items(), cycle(looks), strict=False):
+        axis.plot(epochs, values, color=colour, linestyle=dashes, marker=marker, markersize=3, label=name)
     if lines:
         axis.legend(frameon=False, fontsize="small")

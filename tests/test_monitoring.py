@@ -5,9 +5,11 @@ import itertools
 import math
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from equations import CLASSES, EVERY_KIND, started
+from matplotlib.text import Text
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import every_trainer, make_trainer, seed
@@ -184,6 +186,17 @@ def test_drawing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
     assert all(b - a >= 100 for a, b in itertools.pairwise(drawn[:-1]))  # 0.5 s are 0.5 % of 100 s
     assert len(drawn) > 4
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["losses.csv", "semi_supervised.png"]
+
+
+def test_the_picture_has_its_own_fonts(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(monitoring, "draw", lambda *args: figures.append(draw(*args)) or figures[0])
+    with matplotlib.rc_context({"font.size": 30, "axes.titlesize": 30, "legend.fontsize": 30}):  # as nnU-Net leaves it
+        history = History(tmp_path)
+        history.append(0, {"loss": 1.0}, {"agreement": 0.5})
+        history.draw()
+    sizes = {text.get_fontsize() for text in figures[0].findobj(Text)}
+    assert max(sizes) < 15
 
 
 def test_every_column_is_in_the_picture_with_names_and_units():
