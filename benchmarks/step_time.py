@@ -19,6 +19,9 @@ from pathlib import Path
 os.environ.setdefault("nnUNet_n_proc_DA", "0")
 os.environ.setdefault("nnUNet_compile", "0")
 os.environ["nnUNet_results"] = tempfile.gettempdir()
+# for the processes whose memory is measured: the C library gives freed tensors back at once, so that the resident size
+# is that of the living ones
+os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
