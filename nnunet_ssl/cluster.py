@@ -64,6 +64,7 @@ def run_jobs(executor, function: Callable[[object], str | None], jobs: dict[str,
 
     classes = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
     record = executor.folder / "submitted.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(record.read_text()) if record.is_file() else {}
     waiting = {}
     for name in [name for name in jobs if name in known]:

@@ -84,7 +84,7 @@ def compare(
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here. Choose another one: -device cpu, or -device mps.")
 
-    for folder in (output / "logs", output / "jobs", output / "predictions"):
+    for folder in (output / "logs", output / "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not finished(job, job.predictions)]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs were finished before. Logs: {output / 'logs'}")

@@ -1,5 +1,6 @@
 """One job of a comparison: train a trainer on a fold where that is missing, predict the test scans, evaluate."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -130,7 +131,8 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
         how += ["--disable_progress_bar"] + ["--disable_tta"] * (not job.mirroring)
         call(job, ["nnUNetv2_predict", *model, *data, *how], lambda: tell("prediction"))
         tell("evaluation")
-        evaluate(job.raw / "labelsTs", temporary, num_processes=job.num_processes, protocol=PROTOCOL)
+        with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            evaluate(job.raw / "labelsTs", temporary, num_processes=job.num_processes, protocol=PROTOCOL)
     if job.predictions.exists():
         shutil.rmtree(job.predictions)
     os.replace(temporary, job.predictions)

@@ -70,6 +70,8 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
         [column[~np.isnan(column)] for column in values],
         positions=places,
         widths=0.42,
+        whis=0,  # the dots show the others
+        showcaps=False,
         showfliers=False,
         patch_artist=True,
         medianprops={"color": "black", "linewidth": 1.6},
