@@ -127,7 +127,8 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
         (temporary / "settings.json").write_text(json.dumps(settings(job), indent=1))
         model = ["-d", job.dataset, "-c", job.configuration, "-p", job.plans, "-tr", job.trainer, "-f", str(job.fold)]
         data = ["-i", str(job.raw / "imagesTs"), "-o", str(temporary), "-chk", "checkpoint_final.pth"]
-        how = ["-device", job.device, "-npp", str(job.num_processes), "-nps", str(job.num_processes)]
+        workers = str(job.num_processes if job.num_processes > 1 else 0)  # 0: all in the one process
+        how = ["-device", job.device, "-npp", workers, "-nps", workers]
         how += ["--disable_progress_bar"] + ["--disable_tta"] * (not job.mirroring)
         call(job, ["nnUNetv2_predict", *model, *data, *how], lambda: tell("prediction"))
         tell("evaluation")
