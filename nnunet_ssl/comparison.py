@@ -187,6 +187,7 @@ def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str
         with replacing(output / f"{TABLE}{ending}") as temporary:
             temporary.write_text(content)
     dice = {t: {case: metrics["Dice"] for case, metrics in cases.items()} for t, cases in values.items() if cases}
+    (output / FIGURE).unlink(missing_ok=True)  # it would be of other numbers than the table
     if dice:
         from nnunet_ssl.pictures import compare_cases  # imports matplotlib
 

@@ -322,6 +322,7 @@ def test_a_trainer_that_breaks_fails_its_row_not_the_sweep(trained, fake, monkey
 def test_a_trainer_with_one_failed_fold_has_no_numbers(dataset, fake, monkeypatch):
     for fold in (0, 1):
         checkpoint(dataset, "nnUNetTrainer", fold)
+    assert compare(trainers=["nnUNetTrainer"], folds=["0"]) == 0
     monkeypatch.setattr(
         comparison_job,
         "execute",
@@ -331,6 +332,7 @@ def test_a_trainer_with_one_failed_fold_has_no_numbers(dataset, fake, monkeypatc
     row = table(dataset)["nnUNetTrainer"]
     assert row["failure"].startswith("fold 1: ")
     assert row["Dice_percent_mean"] == ""
+    assert not (out(dataset) / "comparison.png").exists()
 
 
 def test_a_first_trainer_that_broke_leaves_the_others_without_a_test(trained, fake, monkeypatch):
@@ -427,7 +429,7 @@ def write_evaluation(file, values):
         writer.writerow(["case", "label", *METRICS])
         for case, labels in values.items():
             for label, (dice, hd95) in labels.items():
-                writer.writerow([case, label, dice, dice / 2, hd95, hd95 / 4, *[hd95] * 4])
+                writer.writerow([case, label, dice, dice / 2, hd95, hd95 / 4, hd95 / 3, *[10 * hd95] * 3])
     return file
 
 
@@ -619,13 +621,16 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_what_is_queued_is_not_submitted_again(trained, fake, slurm, monkeypatch, capsys):
+    class Interrupted(Exception):
+        pass
+
     def interrupt(seconds):
-        raise KeyboardInterrupt
+        raise Interrupted
 
     monkeypatch.setattr(cluster, "time", SimpleNamespace(sleep=interrupt))
     words = ("--launcher", "slurm", "--slurm", "partition=gpu", "timeout_min=60", "mem_gb=8")
     (slurm / "state").write_text("PENDING")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         compare(*words, trainers=THREE[:2])
     script = (slurm / "submitted").read_text()
     assert script.count("--partition=gpu") == 2
@@ -633,7 +638,7 @@ def test_what_is_queued_is_not_submitted_again(trained, fake, slurm, monkeypatch
     assert "--mem=8GB" in script
     assert "--gpus-per-node" not in script  # -device cpu
     (slurm / "state").write_text("RUNNING")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         compare(*words, trainers=THREE)
     assert (slurm / "submitted").read_text().count("--partition=gpu") == 3  # only the third trainer's is new
     assert "nnUNetTrainer_fold_0 is job 1001 already, running" in capsys.readouterr().out
