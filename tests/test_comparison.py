@@ -444,6 +444,9 @@ def test_a_case_is_the_mean_over_labels_then_over_folds(tmp_path):
     assert {case: values["Dice"] for case, values in found.items()} == pytest.approx({"a": 0.5, "b": 0.65})
     assert {case: values["HD95_mm"] for case, values in found.items()} == pytest.approx({"a": 5, "b": 3.5})
 
+    three = write_evaluation(tmp_path / "three.csv", {"a": {"x": (0.1, 1), "y": (0.2, 1), "z": (0.9, 1)}})
+    assert case_values([three])["a"]["Dice"] == pytest.approx(0.4)
+
     row = make_rows({"T": found}, {})[0]
     assert row.statistics["Dice"]["mean"] == pytest.approx(0.575)
     assert row.statistics["Dice"]["sd"] == pytest.approx(0.15 / 2**0.5)
