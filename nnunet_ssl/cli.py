@@ -175,6 +175,33 @@ def _preview(options) -> None:
     print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer} does not mix patches."))
 
 
+def _compare(options) -> int:
+    from nnunet_ssl.comparison import compare
+
+    table, failures = compare(
+        options.dataset,
+        options.configuration,
+        options.folds,
+        options.trainers,
+        options.plans,
+        options.output,
+        options.train,
+        options.launcher,
+        dict(options.slurm),
+        options.device,
+        options.num_processes,
+        not options.disable_tta,
+    )
+    print(f"\n{table}", end="")
+    return int(bool(failures))
+
+
+def _check_compare(parser: argparse.ArgumentParser, options) -> None:
+    """Ends with the usage where settings for Slurm would have no effect."""
+    if options.slurm and options.launcher != "slurm":
+        parser.error("--slurm is for --launcher slurm")
+
+
 def _doctor(options) -> int:
     from nnunet_ssl.doctor import doctor
 
@@ -189,6 +216,13 @@ def _demo(options) -> None:
 
 def _number_or_all(text: str) -> int | str:
     return text if text == "all" else int(text)
+
+
+def _setting(text: str) -> tuple[str, str | int]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, int(value) if value.isdecimal() else value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,6 +333,36 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-chk", dest="checkpoint", help="a checkpoint of the fold (default: untrained networks)")
     sub.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"])
     sub.add_argument("-o", dest="output", type=Path, default=Path("preview.png"), help="picture (default: preview.png)")
+
+    sub = command("compare", _compare, "Predict the test scans with several trainers: one table, a test and a figure.")
+    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    sub.add_argument("-c", dest="configuration", required=True, help="configuration of the models, as 3d_fullres")
+    sub.add_argument("-f", dest="folds", type=_number_or_all, nargs="+", required=True, help="folds, numbers or all")
+    sub.add_argument(
+        "-tr", dest="trainers", nargs="+", required=True, help="trainers; the others are tested against the first"
+    )
+    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the models")
+    sub.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        help="folder for the table, the figure, predictions and logs (default: comparison_PLANS_CONFIGURATION in the "
+        "dataset's folder of nnUNet_results)",
+    )
+    sub.add_argument("--train", action="store_true", help="train what is not trained yet, go on with what is begun")
+    sub.add_argument("--launcher", default="local", choices=["local", "slurm"], help="one job at a time, or a cluster")
+    sub.add_argument(
+        "--slurm",
+        type=_setting,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the cluster's jobs, as partition=gpu timeout_min=2880 gpus_per_node=1 cpus_per_task=12",
+    )
+    sub.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
+    sub.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
+    sub.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    sub.set_defaults(check=_check_compare)
 
     sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
     sub.add_argument("-d", dest="dataset", help="dataset name or id")

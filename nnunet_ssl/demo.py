@@ -3,9 +3,7 @@
 import json
 import os
 import shlex
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
+from nnunet_ssl.commands import execute
 from nnunet_ssl.files import replacing
 
 DATASET = "Dataset999_Demo"
@@ -182,33 +181,17 @@ def run(command: Command, log: Path, environment: dict[str, str], tick: Callable
 
     Raises: SystemExit with the end of the log where the command fails, or with advice where there is no such program.
     """
-    scripts = str(Path(sys.executable).parent)  # a virtual environment need not be on PATH
-    program = shutil.which(command.program, path=scripts) or shutil.which(command.program)
-    if program is None:
-        raise SystemExit(
-            f"{command.program} is neither in {scripts} nor on PATH. Fix: {sys.executable} -m pip install nnunet-ssl"
-        )
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
     begin = time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [program, *command.arguments],
-            env=environment | command.settings,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            while process.poll() is None:
-                tick()
-                time.sleep(0.5)
-        finally:
-            process.kill()  # for when this process is interrupted; harmless after the end
-            process.wait()
-    if process.returncode != 0:
+    try:
+        code = execute(command.program, command.arguments, log, environment | command.settings, tick)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
+    if code != 0:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
         raise SystemExit(
-            f"{command.program} failed with exit code {process.returncode}. The end of its log:\n\n{end}\n\n"
+            f"{command.program} failed with exit code {code}. The end of its log:\n\n{end}\n\n"
             f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
         )
     return time.monotonic() - begin

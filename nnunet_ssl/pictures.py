@@ -12,6 +12,7 @@ from nnunet_ssl.files import replacing
 
 # colours that people with any colour vision tell apart (Okabe and Ito), and lines that differ without colour
 REFERENCE, PREDICTION = "#E69F00", "#56B4E9"
+TRAINERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # from the left, then again
 
 
 def compare_segmentations(
@@ -50,6 +51,46 @@ def compare_segmentations(
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
+    """Writes a figure of the Dice of every case: a column per trainer, lines between the same case, boxes of quartiles.
+
+    Args:
+        dice: per trainer the Dice in [0, 1] of its cases, NaN where a case has none.
+        output: PNG file; replaced in one step.
+    """
+    cases = sorted(set().union(*dice.values()))
+    values = 100 * np.array([[of_trainer.get(case, np.nan) for case in cases] for of_trainer in dice.values()])
+    figure = Figure(figsize=(max(5, min(1.8 + 1.7 * len(dice), 8)), 4.8), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(dice))
+    axis.plot(places, values, color="0.6", linewidth=0.7, alpha=0.7, zorder=1)
+    boxes = axis.boxplot(
+        [column[~np.isnan(column)] for column in values],
+        positions=places,
+        widths=0.42,
+        whis=0,  # the dots show the others
+        showcaps=False,
+        showfliers=False,
+        patch_artist=True,
+        medianprops={"color": "black", "linewidth": 1.6},
+        zorder=2,
+    )
+    for place, column in enumerate(values):
+        colour = TRAINERS[place % len(TRAINERS)]
+        boxes["boxes"][place].set(facecolor=colour, alpha=0.35)
+        axis.scatter([place] * len(column), column, s=26, color=colour, edgecolor="black", linewidth=0.5, zorder=3)
+    # two words of a name below each other, so that long names stay apart
+    names = [name.replace("nnUNetTrainer", "nnUNetTrainer\n", 1).strip() for name in dice]
+    axis.set_xticks(places, names, rotation=30 if len(dice) > 5 else 0, ha="right" if len(dice) > 5 else "center")
+    axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel="Dice of a test case (%)", xlabel="trainer")
+    axis.grid(axis="y", color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{len(cases)} cases; a line is one case, a box the middle half, its bar the median", fontsize=10)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def outline(axis, mask: np.ndarray, colour: str, style: str) -> None:
