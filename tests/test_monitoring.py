@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import every_trainer, make_trainer, seed
 
 from nnunet_ssl import monitoring
-from nnunet_ssl.monitoring import NAMES, History, draw, observe
+from nnunet_ssl.monitoring import NAMES, History, draw, labeler, observe
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
@@ -219,3 +219,11 @@ def test_a_method_with_many_terms_has_as_many_looks():
     columns = {"epoch": (0.0,), **{f"term_{i}": (float(i),) for i in range(12)}}
     lines = draw(columns, "teacher").axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+
+
+@every
+def test_pseudo_labels_are_the_teachers_where_there_is_one(trainer_class, tiny_dataset):
+    trainer = started(trainer_class, tiny_dataset)
+    name, network = labeler(trainer)
+    assert name == ("student_2" if trainer_class is nnUNetTrainerCPS else "teacher")
+    assert network is getattr(trainer.companions, name)

@@ -8,9 +8,9 @@ Differs from the paper on purpose (it has no public code):
 - lambda and mu are ramped up, and labeled scans have nnU-Net's Dice and cross entropy. The paper's constant weights and
   Dice alone were measured to be worse (benchmarks/results).
 - Student 1 is deployed, which was ahead of the teacher wherever it was measured.
-- Dice is nnU-Net's: without the background. Hard pseudo labels for Eq. 4-9; Eq. 15-17 compare the softmax with labels,
-  and with the teacher's softmax where the voxel is unlabeled. The teacher sees the whole patch, in a weak view (spatial
-  augmentation only).
+- Dice is nnU-Net's: without the background; that of Eq. 4-9 over half a batch where nnU-Net's is over the batch. Hard
+  pseudo labels for Eq. 4-9; Eq. 15-17 compare the softmax with labels, and with the teacher's softmax where the voxel is
+  unlabeled. The teacher sees the whole patch, in a weak view (spatial augmentation only).
 """
 
 import torch
@@ -60,29 +60,33 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
         students = (self.network, self.companions.student_2)
         supervised = reweighted(self.loss, cross_entropy=float(self.cross_entropy), dice=1)
         dice = reweighted(full_resolution(self.loss), cross_entropy=0, dice=1)
-        noisy = [add_noise(batch.unlabeled, self.noise) for _ in students]
         with torch.no_grad():
             soft = self.teach(batch.unlabeled_weak)
-            # one more forward pass of student 2 instead of two graphs in memory at the same time
-            peer = self.hard_labels(logits(students[1], noisy[1]))
         pseudo = self.hard_labels(soft - 0.5)
-        truth, annotated = self.as_probabilities(batch.labels, soft.shape[1])
 
         for number, student in enumerate(students, start=1):
             output = student(add_noise(batch.image, self.noise))
             yield {f"supervised_{number}": supervised(output, batch.target)}  # Eq. 3
-
-            output = logits(student, noisy[number - 1])
-            own = self.hard_labels(output)
-            yield {
-                f"cross_{number}": self.ramp * self.unlabeled_weight * dice(output, peer),  # Eq. 4-6
-                f"teacher_{number}": self.ramp * self.unlabeled_weight * dice(output, pseudo),  # Eq. 7-9
-            }
-            peer = own
             del output
 
+        size = len(batch.unlabeled)
+        # both graphs of half a batch need the memory of one graph of a whole batch; a Dice over the samples of all GPUs
+        # needs all of them at once
+        step = size if self.is_ddp and self.configuration_manager.batch_dice else (size + 1) // 2
+        for part in (slice(begin, begin + step) for begin in range(0, size, step)):
+            weight = self.ramp * self.unlabeled_weight * len(pseudo[part]) / size
+            outputs = [logits(student, add_noise(batch.unlabeled[part], self.noise)) for student in students]
+            terms = {}
+            for number, (output, peer) in enumerate(zip(outputs, outputs[::-1], strict=True), start=1):
+                terms[f"cross_{number}"] = weight * dice(output, self.hard_labels(peer))  # Eq. 4-6
+                terms[f"teacher_{number}"] = weight * dice(output, pseudo[part])  # Eq. 7-9
+            yield terms
+            del outputs, output, peer, terms
+
+        truth, annotated = self.as_probabilities(batch.labels, soft.shape[1])
+        for number, student in enumerate(students, start=1):
             # INDMIX: the box of an unlabeled scan in a labeled one for student 1, the reverse for student 2
-            mask = box_mask(len(batch.image), batch.image.shape[2:], side=self.box_side, device=batch.image.device)
+            mask = box_mask(size, batch.image.shape[2:], side=self.box_side, device=batch.image.device)
             reverse = number == 2
             image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=reverse)
             counts = annotated | (mask if reverse else ~mask)  # every voxel of the unlabeled scan does
