@@ -65,8 +65,8 @@ def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor 
             output, skips = forward_with_features(student, patches)
             own = output[0] if isinstance(output, list) else output
             features = F.normalize(skips[-1].float().flatten(1))
-            others = 1 - torch.eye(len(patches), device=features.device)
-            values["feature_distance"] = ((1 - features @ features.T) * others).sum() / others.sum()
+            pairs = len(patches) * (len(patches) - 1)
+            values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
         else:
             own = logits(student, patches)
         own = trainer.probabilities(own)[1:]
