@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 
 import blosc2
@@ -20,7 +21,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nnunet_ssl.preprocessing import finished_cases, unlabeled_folder
+from nnunet_ssl.preprocessing import exit_with_parent, finished_cases, unlabeled_folder
 
 GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
@@ -152,6 +153,11 @@ class LabeledDataLoader(nnUNetDataLoader):
     def get_indices(self):
         self.drawn = super().get_indices()
         return self.drawn
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        if parent_process() is not None:
+            exit_with_parent()  # nnU-Net's workers go on for ever when the training is killed
 
     def generate_train_batch(self) -> dict:
         try:

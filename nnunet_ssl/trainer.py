@@ -618,8 +618,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "companions": states,
             "random_state": get_random_state(),
         }
-        with replacing(Path(filename)) as temporary:
-            torch.save(checkpoint, temporary)
+        try:
+            with replacing(Path(filename)) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch calls a full disk an "unexpected pos"
+            raise OSError(
+                f"{filename} could not be written ({error}). Is the disk full? An earlier checkpoint of this name is "
+                f"kept. Free some space and continue with --c."
+            ) from error
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
