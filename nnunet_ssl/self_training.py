@@ -28,6 +28,7 @@ from nnunet_ssl.preprocessing import (
     worker_pool,
 )
 from nnunet_ssl.splits import read_fold, save_splits
+from nnunet_ssl.trainer import read_checkpoint
 
 
 def pseudo_label(
@@ -90,6 +91,7 @@ def pseudo_label(
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
     labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
+    read_checkpoint(model / f"fold_{fold}" / checkpoint)  # it is used after all scans are checked
     num_processes = max(1, num_processes)
     own = {case: files for case, files in scans.items() if case not in cases}
     check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)

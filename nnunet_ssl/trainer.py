@@ -2,6 +2,7 @@
 
 import csv
 import io
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
@@ -334,8 +335,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         workers = get_allowed_n_proc_DA()
         train = _augmenter(PairedDataLoader(labeled, unlabeled), workers, max(6, workers // 2), self.device)
         val = _augmenter(validation, min(workers, max(1, workers // 2)), max(3, workers // 4), self.device)
-        next(train)
+        batch = next(train)
         next(val)
+        for name, kind in (("data", "labeled"), ("unlabeled", "unlabeled")):
+            if batch[name].shape[1] != self.num_input_channels:
+                raise ValueError(
+                    f"The preprocessed {kind} cases have {batch[name].shape[1]} channels, but dataset.json has "
+                    f"{self.num_input_channels}. Correct {self.preprocessed_dataset_folder_base}/dataset.json, or "
+                    f"preprocess again."
+                )
         return train, val
 
     def _log_data(self, labeled: int, unlabeled: dict[str, Path], validation: int) -> None:
@@ -662,11 +670,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         damaged = []
         for candidate in files:
             try:
-                checkpoint = torch.load(candidate, map_location="cpu", weights_only=False)
-            except OSError:
-                raise
-            except Exception as error:  # torch raises anything for a damaged file
-                damaged.append(f"{candidate} ({type(error).__name__})")
+                checkpoint = read_checkpoint(candidate)
+            except ValueError:
+                damaged.append(str(candidate))
                 continue
             if damaged:
                 epoch = checkpoint["current_epoch"]
@@ -676,7 +682,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 )
             return candidate, checkpoint
         raise ValueError(
-            f"Cut off or damaged: {', '.join(damaged)}. Restore a backup, or remove the file and "
+            f"Cut off or damaged: {', '.join(damaged)}. Restore a backup, or remove what is named here and "
             f"{'start the training again without --c' if self._continued else 'train again'}."
         )
 
@@ -688,7 +694,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if ours is not None:
             weights |= {"student": ours["student"], **ours["companions"]}
             networks |= vars(self.companions)
-        misfits = sorted(weights.keys() ^ networks.keys())
+        misfits = [*(weights.keys() ^ networks.keys())]
         for name in weights.keys() & networks.keys():
             own = {key: tensor.shape for key, tensor in unwrap(networks[name]).state_dict().items()}
             given = {key.removeprefix("module."): tensor.shape for key, tensor in weights[name].items()}
@@ -700,9 +706,28 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise ValueError(
                 f"{file} is of {checkpoint.get('trainer_name')}, {plans}, {configuration}; its networks do not fit "
                 f"{type(self).__name__}, {self.plans_manager.plans_name}, {self.configuration_name} "
-                f"({', '.join(misfits)}). Continue with the trainer, plans and configuration that wrote it, or move "
+                f"({', '.join(sorted(misfits))}). Continue with the trainer, plans and configuration that wrote it, or move "
                 f"the file away and start without --c."
             )
+
+
+def read_checkpoint(file: Path) -> dict:
+    """A checkpoint of nnU-Net or of ours, on the CPU.
+
+    Raises: OSError where the file cannot be opened; ValueError that names it where it is damaged.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        # torch does not look at the checksums that it writes
+        damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
+        if "network_weights" in checkpoint and damaged is None:
+            return checkpoint
+        problem = "no network_weights in it" if damaged is None else f"wrong checksum of {damaged}"
+    except OSError:
+        raise
+    except Exception as error:  # torch and pickle raise anything for a damaged file
+        problem = str(error).partition("\n")[0]
+    raise ValueError(f"{file} is cut off or damaged ({problem}). Restore a backup, or train again.")
 
 
 def _augmenter(loader, workers: int, cached: int, device: torch.device):
