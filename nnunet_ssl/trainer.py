@@ -706,8 +706,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise ValueError(
                 f"{file} is of {checkpoint.get('trainer_name')}, {plans}, {configuration}; its networks do not fit "
                 f"{type(self).__name__}, {self.plans_manager.plans_name}, {self.configuration_name} "
-                f"({', '.join(sorted(misfits))}). Continue with the trainer, plans and configuration that wrote it, or move "
-                f"the file away and start without --c."
+                f"({', '.join(sorted(misfits))}). Continue with the trainer, plans and configuration that wrote it, or "
+                f"move the file away and start without --c."
             )
 
 

@@ -1,4 +1,4 @@
-"""Realistic mistakes end in one sentence before any epoch, and nothing on disk changes. docs/bad_input.md lists them."""
+"""Realistic mistakes end in one sentence before any epoch, and nothing on disk changes: see docs/bad_input.md."""
 
 import json
 import os
@@ -227,9 +227,10 @@ def cut(file: Path) -> None:
 
 
 def flip(file: Path) -> None:
-    """One byte in the middle, as a bad disk does."""
+    """Some bytes in the middle, as a bad disk does; more than the padding between two tensors."""
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0xFF
+    middle = slice(len(data) // 2, len(data) // 2 + 200)
+    data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
     file.write_bytes(data)
 
 
@@ -279,7 +280,7 @@ def test_a_checkpoint_that_must_not_be_opened_is_no_damage(trained, monkeypatch)
         return original(file, **kwargs)
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(PermissionError, match="checkpoint_final.pth"):
+    with pytest.raises(PermissionError, match=r"checkpoint_final\.pth"):
         train(c=True)
 
 
@@ -470,7 +471,7 @@ def test_any_bytes_in_every_file_that_is_read(content, tmp_path):
 def test_deep_json_is_refused(tmp_path):
     file = tmp_path / "splits_final.json"
     file.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="splits_final.json is cut off or not JSON"):
+    with pytest.raises(ValueError, match=r"splits_final\.json is cut off or not JSON"):
         read_splits(file)
 
 

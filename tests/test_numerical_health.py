@@ -54,8 +54,11 @@ def momentum(trainer):
     return torch.cat([state["momentum_buffer"].flatten() for state in trainer.optimizer.state.values()]).clone()
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_teachers_stay_good(tiny_dataset):
+@pytest.mark.parametrize("scaled", [False, True], ids=["no scaler", "GradScaler"])
+def test_a_step_that_is_not_finite_is_left_out_and_teachers_stay_good(scaled, tiny_dataset):
     trainer = started(tiny_dataset, bad=[2])
+    if scaled:  # as on CUDA
+        trainer.grad_scaler = torch.amp.GradScaler("cpu")
     steps(trainer, 2)
     student, kept = copy.deepcopy(trainer.network.state_dict()), momentum(trainer)
     losses = steps(trainer, 1)[0]
