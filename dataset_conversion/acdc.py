@@ -16,6 +16,7 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_ssl.dataset_conversion.staging import staging, target_folder
+from nnunet_ssl.files import read_text
 from nnunet_ssl.splits import check_splits, save_splits
 
 VAL_PATIENTS = [28, 85, 82, 87, 19, 30, 78, 45, 2, 39]
@@ -153,7 +154,7 @@ def case_names(number: int, patient: Patient) -> list[str]:
 
 def read_info(file: Path) -> dict[str, str]:
     """The lines `key: value` of an Info.cfg."""
-    pairs = (line.partition(":") for line in file.read_text().splitlines() if ":" in line)
+    pairs = (line.partition(":") for line in read_text(file).splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 

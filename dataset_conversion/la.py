@@ -16,6 +16,7 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_ssl.dataset_conversion.staging import staging, target_folder
+from nnunet_ssl.files import read_text
 from nnunet_ssl.splits import check_splits, save_splits
 
 VAL_CASES = 8  # cases at the end of the training list that every fold validates on
@@ -245,7 +246,7 @@ def _read_lists(train_list: Path | None, test_list: Path | None) -> tuple[list[s
 def _read_list(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"The list {file} does not exist.")
-    cases = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    cases = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     twice = sorted({case for case in cases if cases.count(case) > 1})
     if twice:
         raise ValueError(f"{file} names cases more than once: {', '.join(twice)}.")

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from nnunet_ssl.nnunet_version import require_nnunet
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; bad input ends in one sentence on stderr and exit code 1, without a traceback."""
@@ -12,6 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "check" in options:
         options.check(parser, options)
     try:
+        if options.run not in (_doctor, _trainers):  # which work, and help, with any version
+            require_nnunet()
         return options.run(options) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if options.traceback:

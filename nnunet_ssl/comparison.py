@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from tqdm import tqdm
 from nnunet_ssl.cluster import make_executor, run_jobs
 from nnunet_ssl.comparison_job import PROTOCOL, Job, attempt, finished, trained
 from nnunet_ssl.comparison_table import case_values, comma_separated, latex, make_rows, markdown
+from nnunet_ssl.dataset_json import channel_names, read_dataset_json
 from nnunet_ssl.files import replacing
-from nnunet_ssl.preprocessing import channel_names, find_scans, load_plans
+from nnunet_ssl.preprocessing import find_scans, load_plans
+from nnunet_ssl.splits import CROSSVAL_FOLDS, read_fold
 
 TABLE, FIGURE = "comparison", "comparison.png"  # the table's name, without its endings
 # a training of nnU-Net's 1000 epochs takes one to two days
@@ -106,12 +107,13 @@ def check_dataset(name: str, configuration: str, plans_identifier: str, folds: S
     if plans.get_configuration(configuration).previous_stage_name is not None:
         raise NotImplementedError(f"{configuration} is a cascade. Compare 2d, 3d_lowres or 3d_fullres.")
     splits = preprocessed / "splits_final.json"
-    number = len(json.loads(splits.read_text())) if splits.is_file() else 5  # what nnU-Net makes at the first training
-    for fold in folds:
-        if fold != "all" and not 0 <= fold < number:
-            raise ValueError(f"{splits} has no fold {fold}; the number of its folds is {number}.")
+    for fold in [fold for fold in folds if fold != "all"]:
+        if splits.is_file():
+            read_fold(splits, fold)
+        elif not 0 <= fold < CROSSVAL_FOLDS:
+            raise ValueError(f"Fold {fold} does not exist: without {splits} there are the folds 0 to 4.")
 
-    description = json.loads((raw / "dataset.json").read_text())
+    description = read_dataset_json(raw / "dataset.json", "channel_names", "labels", "file_ending")
     ending, channels = description["file_ending"], len(channel_names(description))
     scans = find_scans(raw / "imagesTs", ending)[0]
     labels = {file.name.removesuffix(ending) for file in (raw / "labelsTs").glob(f"*{ending}")}

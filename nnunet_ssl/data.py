@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 
 import blosc2
@@ -20,7 +21,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nnunet_ssl.preprocessing import finished_cases, unlabeled_folder
+from nnunet_ssl.preprocessing import exit_with_parent, finished_cases, unlabeled_folder
 
 GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
@@ -117,10 +118,16 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         views = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             for identifier in self.get_indices():
-                image = self._data.load_image(identifier)
-                lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
-                box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
-                crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+                try:
+                    image = self._data.load_image(identifier)
+                    lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
+                    box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
+                    crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+                except Exception as error:  # blosc2 raises anything for a damaged file
+                    raise RuntimeError(
+                        f"{self._data.files[identifier]} is missing or damaged ({error}). Remove the files of this "
+                        f"case there and preprocess it again, then continue the training with --c."
+                    ) from error
                 views.append(self.augment(crop[:, 0] if self.patch_size_was_2d else crop))
         return {name: torch.stack([view[name] for view in views]) for name in views[0]}
 
@@ -138,6 +145,39 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         if self.weak_view:
             views["unlabeled_weak"] = self.masking(**{**weak, "image": weak["image"].clone()})["image"]
         return views
+
+
+class LabeledDataLoader(nnUNetDataLoader):
+    """nnU-Net's loader, which says which of its files are damaged."""
+
+    def get_indices(self):
+        self.drawn = super().get_indices()
+        return self.drawn
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        if parent_process() is not None:
+            exit_with_parent()  # nnU-Net's workers go on for ever when the training is killed
+
+    def generate_train_batch(self) -> dict:
+        try:
+            return super().generate_train_batch()
+        except Exception as error:  # blosc2 raises anything for a damaged file
+            damaged = [case for case in dict.fromkeys(self.drawn) if not self.is_sound(case)]
+            if not damaged:
+                raise
+            raise RuntimeError(
+                f"Files of {', '.join(damaged)} in {self._data.source_folder} are missing or damaged ({error}). Run "
+                f"nnUNetv2_preprocess for this configuration again, then continue the training with --c."
+            ) from error
+
+    def is_sound(self, case: str) -> bool:
+        """Whether all of a case can be read."""
+        try:
+            image, segmentation, _, _ = self._data.load_case(case)
+            return image[:].shape[1:] == segmentation[:].shape[1:]
+        except Exception:  # whatever it is: the case cannot be read
+            return False
 
 
 class PairedDataLoader(DataLoader):

@@ -6,7 +6,6 @@ Nothing heavy is imported at the top: a torch that cannot be imported is one of 
 import ast
 import contextlib
 import io
-import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -220,11 +219,12 @@ def _check_images_un(title: str, images_un: Path, folder: Path, fix: str) -> Ite
     """Every case of imagesUn is preprocessed into `folder`; nothing when there are no cases in either."""
     from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+    from nnunet_ssl.dataset_json import read_dataset_json
     from nnunet_ssl.preprocessing import finished_cases
 
     raw = set()
     if images_un.is_dir():
-        ending = json.loads((folder.parent / "dataset.json").read_text())["file_ending"]
+        ending = read_dataset_json(folder.parent / "dataset.json", "file_ending")["file_ending"]
         raw.update(get_identifiers_from_splitted_dataset_folder(str(images_un), ending))
     finished = finished_cases(folder)
     if raw or finished:
@@ -236,9 +236,10 @@ def _check_images_un(title: str, images_un: Path, folder: Path, fix: str) -> Ite
 def _check_splits(title: str, folder: Path, fold: int | None, fix: str) -> Iterator[Check]:
     """The unlabeled cases of the folds are preprocessed in `folder`; nothing when no fold has any."""
     from nnunet_ssl.preprocessing import finished_cases
+    from nnunet_ssl.splits import read_splits
 
     splits_file = folder.parent / "splits_final.json"
-    folds = json.loads(splits_file.read_text()) if splits_file.is_file() else []
+    folds = read_splits(splits_file)
     if fold is not None and folds and not 0 <= fold < len(folds):
         text = f"there is no fold {fold} in {splits_file}"
         yield Check(title, False, text, f"choose a fold from 0 to {len(folds) - 1}")

@@ -11,6 +11,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from scipy import ndimage
 
+from nnunet_ssl.dataset_json import read_dataset_json
 from nnunet_ssl.files import replacing
 from nnunet_ssl.preprocessing import as_text, geometry, run_all, worker_pool
 
@@ -148,7 +149,7 @@ def evaluate(
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"Neither of these is there: {', '.join(map(str, places))}. Give one: -djfile FILE")
-    description = json.loads(file.read_text())
+    description = read_dataset_json(file, "labels", "file_ending")
     ending = description["file_ending"]
     wanted, found = ({f.name for f in folder.glob(f"*{ending}")} for folder in (reference, prediction))
     if not wanted:

@@ -15,7 +15,7 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ou
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
-from nnunet_ssl.trainer import CHECKPOINT_KEY
+from nnunet_ssl.trainer import CHECKPOINT_KEY, read_checkpoint
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
 NEEDED = ("plans.json", "dataset.json")
@@ -51,7 +51,7 @@ def export_model(
 
     Raises:
         FileNotFoundError: a fold's checkpoint is missing; FileExistsError: the folder is there already.
-        ValueError: the model is not of one of our trainers, or has no such network.
+        ValueError: a checkpoint is damaged; the model is not of one of our trainers, or has no such network.
         NotImplementedError: the trainer has another architecture than nnUNetTrainer.
     """
     output, dataset = Path(output), str(maybe_convert_to_dataset_name(dataset))
@@ -82,7 +82,7 @@ def export_model(
         exported, validated = {}, True
         for folder in tqdm(folders, desc="Exporting", unit="fold", disable=None):
             _copy(model / folder, target / folder, FOLD_FILES)
-            state = torch.load(model / folder / checkpoint, map_location="cpu", weights_only=False)
+            state = read_checkpoint(model / folder / checkpoint)
             deployed = state.get(CHECKPOINT_KEY, {}).get("inference_network")
             exported[folder] = plain(state, model / folder / checkpoint, network)
             (target / folder).mkdir(exist_ok=True)

@@ -22,7 +22,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
-from nnunet_ssl.files import replacing
+from nnunet_ssl.dataset_json import channel_names, read_dataset_json
+from nnunet_ssl.files import read_json, replacing
+from nnunet_ssl.splits import read_splits
 
 FILES = ("_seg.b2nd", ".b2nd", ".pkl")  # of a preprocessed case; moved into place in this order, the last one marks it
 # What decides how a preprocessed image looks. Patch size, batch size and network may change without harm.
@@ -85,7 +87,7 @@ def preprocess_unlabeled(
     name = str(maybe_convert_to_dataset_name(dataset))
     raw, folder = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = load_plans(folder, plans_identifier, configurations)
-    dataset_json = json.loads((folder / "dataset.json").read_text())
+    dataset_json = read_dataset_json(folder / "dataset.json", "channel_names", "file_ending")
     ending, channels = dataset_json["file_ending"], channel_names(dataset_json)
     # A cascade's second stage shares the data of 3d_fullres, hence one entry per folder.
     targets = {unlabeled_folder(folder, c.data_identifier): c for c in map(plans.get_configuration, configurations)}
@@ -164,7 +166,10 @@ def load_plans(folder: Path, plans_identifier: str, configurations: Sequence[str
             f"-d {convert_dataset_name_to_id(folder.name)} -c {' '.join(configurations)}"
             + (f"; or choose existing plans: -p {' | '.join(others)}" if others else "")
         )
-    plans = PlansManager(str(file))
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("configurations"), dict):
+        raise ValueError(f"{file} is not a plans file. Plan again: nnUNetv2_plan_experiment")
+    plans = PlansManager(content)
     unknown = [name for name in configurations if name not in plans.available_configurations]
     if unknown:
         known = " ".join(plans.available_configurations)
@@ -202,7 +207,7 @@ def check_settings(target: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{target} holds cases, but {file.name}, which tells how they were preprocessed, is gone. {fix}"
         )
-    stored = json.loads(file.read_text())
+    stored = read_settings(file)
     # Compared as text: statistics can be NaN, which differs from itself.
     changed = [key for key, value in settings.items() if json.dumps(stored.get(key)) != json.dumps(value)]
     if changed:
@@ -217,15 +222,19 @@ def write_settings(target: Path, settings: dict[str, Any], transductive: Iterabl
         temporary.write_text(json.dumps(settings | {"transductive": sorted(transductive)}, indent=1))
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """What `write_settings` has noted; raises ValueError with the file where it is damaged."""
+    settings = read_json(file)
+    if not isinstance(settings, dict) or not isinstance(settings.get("transductive", []), list):
+        target = file.with_suffix("")
+        raise ValueError(f"{file} is damaged. Remove it and {target}, and run nnunet-ssl preprocess again.")
+    return settings
+
+
 def transductive_cases(target: Path) -> set[str]:
     """Test scans that were preprocessed as unlabeled ones on demand; empty where there is no folder."""
     file = settings_file(target)
-    return set(json.loads(file.read_text()).get("transductive", [])) if file.is_file() else set()
-
-
-def channel_names(dataset_json: dict) -> list[str]:
-    """Of the images; older dataset.json files call them modality."""
-    return list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
+    return set(read_settings(file).get("transductive", [])) if file.is_file() else set()
 
 
 def finished_cases(target: Path) -> set[str]:
@@ -262,7 +271,7 @@ def taken_names(raw: Path, folder: Path, dataset_json: dict, data_identifiers: s
     """The identifiers that an unlabeled scan must not have, by the place that has them."""
     ending = dataset_json["file_ending"]
     splits_file = folder / "splits_final.json"
-    folds = json.loads(splits_file.read_text()) if splits_file.is_file() else []
+    folds = read_splits(splits_file)
     return {
         str(raw / "imagesTr"): find_scans(raw / "imagesTr", ending)[0].keys() | dataset_json.get("dataset", {}).keys(),
         **{str(folder / own): finished_cases(folder / own) for own in sorted(data_identifiers)},

@@ -1,9 +1,30 @@
 """The states of all random generators that augmentation and methods draw from, so that a resumed training goes on."""
 
+import os
 import random
 
 import numpy as np
 import torch
+
+SEED = "nnUNet_ssl_seed"  # environment variable
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+
+
+def seed_from_environment(rank: int = 0) -> int | None:
+    """Seeds Python, numpy and torch with `nnUNet_ssl_seed` + rank, and returns the sum; None where it is not set.
+
+    Raises: ValueError for what is not a seed.
+    """
+    text = os.environ.get(SEED, "")
+    if not text:
+        return None
+    if not (text.isdecimal() and int(text) + rank <= LARGEST_SEED):
+        raise ValueError(f"{SEED}={text} is not a seed: set it to an integer from 0 to {LARGEST_SEED}, or unset it.")
+    seed = int(text) + rank  # every GPU draws other crops
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
 
 
 def get_random_state() -> dict:

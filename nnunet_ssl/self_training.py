@@ -17,8 +17,8 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
+from nnunet_ssl.dataset_json import channel_names, read_dataset_json
 from nnunet_ssl.preprocessing import (
-    channel_names,
     find_scans,
     load_plans,
     name_problems,
@@ -27,7 +27,8 @@ from nnunet_ssl.preprocessing import (
     taken_names,
     worker_pool,
 )
-from nnunet_ssl.splits import save_splits
+from nnunet_ssl.splits import read_fold, save_splits
+from nnunet_ssl.trainer import read_checkpoint
 
 
 def pseudo_label(
@@ -87,9 +88,10 @@ def pseudo_label(
             f"{model / f'fold_{fold}' / checkpoint} is missing. Train the model first: "
             f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
         )
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
     labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
+    read_checkpoint(model / f"fold_{fold}" / checkpoint)  # it is used after all scans are checked
     num_processes = max(1, num_processes)
     own = {case: files for case, files in scans.items() if case not in cases}
     check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
@@ -157,10 +159,7 @@ def sort_cases(
     raw, splits = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
     entry = {"train": list(cases), "val": []}
     if fold != "all":
-        folds = json.loads(splits.read_text()) if splits.is_file() else []
-        if fold >= len(folds):
-            raise ValueError(f"{splits} has no fold {fold}; the number of its folds is {len(folds)}.")
-        entry = folds[fold]
+        entry = read_fold(splits, fold)
     missing = sorted({case for key in ("train", "val", "unlabeled") for case in entry.get(key, [])} - cases.keys())
     if missing:
         raise ValueError(f"{len(missing)} cases of fold {fold} in {splits} are not in {raw}: {', '.join(missing[:5])}.")

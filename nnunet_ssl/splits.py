@@ -10,9 +10,47 @@ from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_ssl.files import replacing
+from nnunet_ssl.dataset_json import read_dataset_json
+from nnunet_ssl.files import read_json, replacing
 
+LISTS = ("train", "val", "unlabeled", "test")  # of a fold; nnU-Net reads the first two
+CROSSVAL_FOLDS = 5  # that nnU-Net draws where there is no splits_final.json
 VAL_FRACTION = 0.2  # part of the cases that is held out for validation unless their number is given
+
+
+def read_splits(path: Path) -> list[dict[str, list[str]]]:
+    """The folds of a splits_final.json; none where there is no file.
+
+    Raises: ValueError that names the file where it is damaged, or its lists are not lists of cases.
+    """
+    folds = read_json(path) if path.is_file() else []
+    if not isinstance(folds, list) or not all(isinstance(fold, dict) for fold in folds):
+        raise ValueError(f'{path} must be a list of folds, as [{{"train": ["case_a"], "val": ["case_b"]}}].')
+    for number, fold in enumerate(folds):
+        for name in LISTS:
+            cases = fold.get(name, [])
+            if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+                raise ValueError(f'{path}: "{name}" of fold {number} must be a list of case names. Correct the file.')
+    return folds
+
+
+def read_fold(path: Path, number: int) -> dict[str, list[str]]:
+    """The lists "train", "val" and "unlabeled" (empty where the file has none) of one fold of splits_final.json.
+
+    Raises: ValueError that names the file where it has no such fold, or one that nnU-Net cannot train on.
+    """
+    folds = read_splits(path)
+    if not 0 <= number < len(folds):
+        has = f"has the folds 0 to {len(folds) - 1}" if folds else "has no fold"
+        raise ValueError(f"Fold {number} does not exist: {path} {has}.")
+    fold = {name: folds[number].get(name, []) for name in ("train", "val", "unlabeled")}
+    for name in ("train", "val"):
+        if not fold[name]:
+            raise ValueError(f'{path}: fold {number} has no cases in "{name}". Put at least one there.')
+    twice = sorted(case for case, number in Counter(fold["unlabeled"]).items() if number > 1)
+    if twice:
+        raise ValueError(f'{path}: "unlabeled" of fold {number} names cases more than once: {", ".join(twice[:5])}.')
+    return fold
 
 
 def check_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:
@@ -87,6 +125,7 @@ def split_dataset(
     raw = Path(paths.nnUNet_raw) / name
     if not (raw / "dataset.json").is_file():
         raise FileNotFoundError(f"{raw / 'dataset.json'} is missing: -d needs a dataset in nnUNet_raw.")
+    read_dataset_json(raw / "dataset.json", "file_ending")  # what nnU-Net reads next
     files = get_filenames_of_train_images_and_targets(str(raw))
     without_label = sorted(case for case, of_case in files.items() if not Path(of_case["label"]).is_file())
     if without_label:

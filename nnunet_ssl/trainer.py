@@ -1,6 +1,7 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
 import io
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
@@ -12,9 +13,9 @@ import torch
 import torch.distributed as dist
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2 import paths
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
@@ -23,21 +24,33 @@ from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl import pseudo_labels
-from nnunet_ssl.data import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset, find_unlabeled
+from nnunet_ssl.data import (
+    Batch,
+    LabeledDataLoader,
+    PairedDataLoader,
+    UnlabeledDataLoader,
+    UnlabeledDataset,
+    find_unlabeled,
+)
+from nnunet_ssl.dataset_json import channel_names
 from nnunet_ssl.files import replacing
 from nnunet_ssl.monitoring import History, labeler, observe
 from nnunet_ssl.networks import average_gradients, unwrap
+from nnunet_ssl.nnunet_version import require_nnunet
 from nnunet_ssl.preprocessing import (
-    channel_names,
     check_settings,
     find_scans,
+    finished_cases,
     preprocessing_settings,
     unlabeled_folder,
 )
-from nnunet_ssl.random_state import get_random_state, set_random_state
+from nnunet_ssl.random_state import get_random_state, seed_from_environment, set_random_state
 from nnunet_ssl.schedules import sigmoid_rampup
+from nnunet_ssl.splits import CROSSVAL_FOLDS, read_fold
 
 CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # in the order of --c
+NOT_FINITE_STEPS = 20  # steps in a row with the same term NaN or infinite, after which a training is stopped
 STOCK_SETTINGS = (  # nnU-Net sets these in __init__; as class attributes of a trainer they win
     "num_epochs",
     "initial_lr",
@@ -96,7 +109,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def hard_labels(self, logits: Tensor) -> Tensor:
         """The most probable class, or the regions with a logit above 0, as targets of `self.loss`; no gradient."""
         labels = self.label_manager
-        return pseudo_labels.hard_labels(logits, regions=labels.has_regions, ignore_channel=labels.has_ignore_label)
+        hard = pseudo_labels.hard_labels(logits, regions=labels.has_regions, ignore_channel=labels.has_ignore_label)
+        self._note_foreground(hard)
+        return hard
 
     def as_probabilities(self, labels: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         """Labels as probabilities of the network's `channels`, and a mask of the voxels that are annotated."""
@@ -123,7 +138,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008, the signature is nnU-Net's
     ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        require_nnunet()
+        for variable in (paths.nnUNet_preprocessed, paths.nnUNet_results):
+            variable.require()
+        self._continued = plans["continue_training"]  # nnU-Net takes it out of the plans
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            raise OSError(
+                f"{paths.nnUNet_results} cannot be written to ({error}). Set nnUNet_results to a folder that can."
+            ) from error
         for name in STOCK_SETTINGS:
             if hasattr(type(self), name):
                 setattr(self, name, getattr(type(self), name))
@@ -131,6 +155,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.companions = SimpleNamespace()
         self._observations: dict = {}  # of the epoch's last batch
         self._resume_random_state = None
+        self._not_finite: dict[str, int] = {}  # loss term to the steps in a row in which it was not finite
+        self._foreground, self._pseudo_labels = 0.0, 0  # of this epoch: sum of shares, and how many there were
 
     def _restart_companions(self) -> None:
         # in place: the optimizer holds the parameters of those that are trained
@@ -150,6 +176,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         self._refuse_unsupported()
+        if not finished_cases(Path(self.preprocessed_dataset_folder)):
+            plans = self.plans_manager
+            raise FileNotFoundError(
+                f"{self.preprocessed_dataset_folder} has no preprocessed case. Run: nnUNetv2_preprocess "
+                f"-d {plans.dataset_name[7:10]} -plans_name {plans.plans_name} -c {self.configuration_name}"
+            )
+        self.seed = seed_from_environment(self.local_rank)
         super().initialize()
         self.companions = SimpleNamespace(**self.build_companions())
         self._synchronize_companions()
@@ -177,13 +210,41 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
 
     def do_split(self):
+        path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        folder = Path(self.preprocessed_dataset_folder)
+        cases = finished_cases(folder)
         if self.fold != "all":
-            path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-            folds = load_json(str(path)) if path.is_file() else None
-            if folds is not None and self.fold >= len(folds):
-                # nnU-Net would draw a random split of all cases here, those meant to stay unlabeled among them
-                raise ValueError(f"Fold {self.fold} does not exist: {path} has the folds 0 to {len(folds) - 1}.")
-        return super().do_split()
+            if path.is_file():
+                # for other folds nnU-Net would draw a random split, with cases that are meant to stay unlabeled
+                read_fold(path, self.fold)
+            elif not 0 <= self.fold < CROSSVAL_FOLDS:
+                raise ValueError(f"Fold {self.fold} does not exist: without {path} there are the folds 0 to 4.")
+            elif len(cases) < CROSSVAL_FOLDS:
+                raise ValueError(
+                    f"{folder} has {len(cases)} cases, too few for the {CROSSVAL_FOLDS} folds that nnU-Net draws. "
+                    f"Write a fold into {path}, as " + '[{"train": ["CASE_A"], "val": ["CASE_B"]}], or train fold all.'
+                )
+        train, val = super().do_split()
+        missing = sorted({*train, *val} - cases)
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} cases of fold {self.fold} are not in {folder}, or not all three files of them: "
+                f"{', '.join(missing[:5])}. Run nnUNetv2_preprocess for this configuration again, or correct {path}."
+            )
+        self._refuse_empty_labels(train)
+        return train, val
+
+    def _refuse_empty_labels(self, cases: list[str]) -> None:
+        """Refuses labeled cases without any foreground; usually the first file that is read has some."""
+        everything = (-1, *self.label_manager.all_labels)  # nnU-Net's entry for all annotated voxels
+        for case in cases:
+            found = load_pickle(str(Path(self.preprocessed_dataset_folder) / f"{case}.pkl"))["class_locations"]
+            if any(len(voxels) for label, voxels in found.items() if label != everything):
+                return
+        raise ValueError(
+            f"None of the {len(cases)} labeled cases of fold {self.fold} has a voxel of a foreground label: "
+            f"{', '.join(cases[:5])}. Check their files in labelsTr, and labels in dataset.json."
+        )
 
     def unlabeled_files(self, train_cases: list[str], val_cases: list[str]) -> dict[str, Path]:
         """Identifier to preprocessed image of this fold's unlabeled cases, from both sources.
@@ -194,7 +255,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         base = Path(self.preprocessed_dataset_folder_base)
         path = base / "splits_final.json"
-        listed = load_json(str(path))[self.fold].get("unlabeled", []) if self.fold != "all" else []
+        listed = read_fold(path, self.fold)["unlabeled"] if self.fold != "all" else []
         own = unlabeled_folder(base, self.configuration_manager.data_identifier)
         check_settings(own, preprocessing_settings(self.plans_manager, self.configuration_manager))
         files = find_unlabeled(base, self.configuration_manager.data_identifier, listed)
@@ -236,6 +297,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         transforms = self.get_training_transforms(
             patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=mask, **labels
         )
+        if self.seed is not None:
+            for transform in transforms.transforms:
+                blur = getattr(transform, "transform", None)
+                if isinstance(blur, GaussianBlurTransform):
+                    blur.benchmark = False  # it times two ways of blurring and takes the faster one
         val_transforms = self.get_validation_transforms(scales, **labels)
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         files = self.unlabeled_files(dataset_tr.identifiers, dataset_val.identifiers)
@@ -244,7 +310,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
-        labeled = nnUNetDataLoader(
+        labeled = LabeledDataLoader(
             dataset_tr,
             self.batch_size,
             initial_patch_size,
@@ -262,7 +328,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             transforms,
             self.weak_view,
         )
-        validation = nnUNetDataLoader(
+        validation = LabeledDataLoader(
             dataset_val,
             self.batch_size,
             patch_size,
@@ -276,8 +342,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         workers = get_allowed_n_proc_DA()
         train = _augmenter(PairedDataLoader(labeled, unlabeled), workers, max(6, workers // 2), self.device)
         val = _augmenter(validation, min(workers, max(1, workers // 2)), max(3, workers // 4), self.device)
-        next(train)
+        batch = next(train)
         next(val)
+        for name, kind in (("data", "labeled"), ("unlabeled", "unlabeled")):
+            if batch[name].shape[1] != self.num_input_channels:
+                raise ValueError(
+                    f"The preprocessed {kind} cases have {batch[name].shape[1]} channels, but dataset.json has "
+                    f"{self.num_input_channels}. Correct {self.preprocessed_dataset_folder_base}/dataset.json, or "
+                    f"preprocess again."
+                )
         return train, val
 
     def _log_data(self, labeled: int, unlabeled: dict[str, Path], validation: int) -> None:
@@ -343,7 +416,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     loader._finish()
 
     def train_step(self, batch: dict) -> dict:
-        batch = self._to_device(batch)
+        keys, batch = batch.get("keys", []), self._to_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         losses = iter(self.losses(batch))
@@ -368,6 +441,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._observations = observe(self, batch)
         # one copy to the host for all terms, where nnU-Net has one for its loss
         values = torch.stack([value.float() for value in terms.values()]).cpu().numpy()
+        self._watch_terms(dict(zip(terms, values, strict=True)), batch, keys)
         return {"loss": values.sum(), **dict(zip(terms, values, strict=True))}
 
     def _to_device(self, batch: dict) -> Batch:
@@ -399,13 +473,55 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             average_gradients(self.students())
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        for network in self.students():
-            nn.utils.clip_grad_norm_(network.parameters(), self.max_gradient_norm)
+        norms = [nn.utils.clip_grad_norm_(s.parameters(), self.max_gradient_norm) for s in self.students()]
+        # Where a gradient is not finite, GradScaler leaves the step out (CUDA), and so do we on a CPU: weights and
+        # momentum stay good, and teachers average good weights. On MPS to ask would make the host wait: there the
+        # weights are lost, the teachers with them, and `save_checkpoint` keeps the earlier files.
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        else:
+        elif self.device.type != "cpu" or all(norm.isfinite() for norm in norms):
             self.optimizer.step()
+
+    def _watch_terms(self, values: dict[str, float], batch: Batch, keys: list[str]) -> None:
+        """Stops a training of which a term is not finite for many steps; `values` are on the host already.
+
+        A single such step is harmless, see `_update_weights`, and told at the end of the epoch. Nothing is saved here:
+        weights that give NaN for so many batches are not worth more than those of the last checkpoint.
+        """
+        self._not_finite = {n: self._not_finite.get(n, 0) + 1 for n, value in values.items() if not np.isfinite(value)}
+        names = [name for name, steps in self._not_finite.items() if steps >= NOT_FINITE_STEPS]
+        if not names:
+            return
+        text = (
+            f"The loss term {' and '.join(names)} was NaN or infinite for {NOT_FINITE_STEPS} steps in a row, up to "
+            f"step {self.step} (epoch {self.current_epoch}). "
+        )
+        labeled = f"labeled images ({', '.join(keys)})"
+        for image, name in ((batch.image, labeled), (batch.unlabeled, "unlabeled images")):
+            if not image.isfinite().all():
+                text += f"The last {name} have voxels that are NaN or infinite: check them. "
+        folder = Path(self.output_folder)
+        kept = [name for name in CHECKPOINTS[1:] if (folder / name).is_file()]
+        text += (
+            f"{folder / kept[0]} is the last good state, from which --c continues once the cause is removed."
+            if kept
+            else "There is no checkpoint yet. Start again once the cause is removed."
+        )
+        raise RuntimeError(text)
+
+    def _note_foreground(self, labels: Tensor) -> None:
+        # a sum on the device: nothing waits for it before the end of the epoch
+        self._foreground = self._foreground + (labels > 0).any(1).float().mean()
+        self._pseudo_labels += 1
+
+    def _warn_of_empty_pseudo_labels(self) -> None:
+        if self._pseudo_labels and float(self._foreground) == 0:
+            self.print_to_log_file(
+                "WARNING: all pseudo labels of this epoch are background: unlabeled scans teach nothing else now. That "
+                "is usual in the first epochs only."
+            )
+        self._foreground, self._pseudo_labels = 0.0, 0
 
     def students(self) -> list[nn.Module]:
         """The networks that the optimizer trains: `self.network` and companions that require gradients."""
@@ -414,7 +530,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
+        self._warn_of_empty_pseudo_labels()
         outputs = collate_outputs(train_outputs)
+        for name, values in outputs.items():
+            if name != "loss" and not np.all(np.isfinite(values)):
+                steps = f"{np.sum(~np.isfinite(values))} of {len(values)} steps"
+                self.print_to_log_file(f"WARNING: the loss term {name} was NaN or infinite in {steps} of this epoch.")
         means = {name: float(np.mean(values)) for name, values in outputs.items()}
         if self.is_ddp:
             ranks = [None] * dist.get_world_size()
@@ -469,14 +590,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
+        networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
+        # tensors that are shared between the entries are stored once
+        states = {name: network.state_dict() for name, network in networks.items()}
+        lost = [name for name, state in states.items() if not all(t.isfinite().all() for t in state.values())]
+        if lost:
+            raise RuntimeError(
+                f"{filename} was not written, and stays as it was if it is there: weights of {' and '.join(lost)} are "
+                f"NaN or infinite in epoch {self.current_epoch}. Remove the cause and continue with --c."
+            )
         stock = io.BytesIO()
         super().save_checkpoint(stock)
         stock.seek(0)
         checkpoint = torch.load(stock, map_location="cpu", weights_only=False)
-        networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
         deployed = unwrap(self.inference_network())
-        # tensors that are shared between the entries are stored once
-        states = {name: network.state_dict() for name, network in networks.items()}
         name = next(name for name, network in networks.items() if network is deployed)
         checkpoint["network_weights"] = states[name]
         # the stock trainer's optimizer has one group: that of the first student
@@ -492,17 +619,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "companions": states,
             "random_state": get_random_state(),
         }
-        with replacing(Path(filename)) as temporary:
-            torch.save(checkpoint, temporary)
+        try:
+            with replacing(Path(filename)) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch calls a full disk an "unexpected pos"
+            raise OSError(
+                f"{filename} could not be written ({error}). Is the disk full? An earlier checkpoint of this name is "
+                f"kept. Free some space and continue with --c."
+            ) from error
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
+        file, checkpoint = self._read_checkpoint(Path(filename_or_checkpoint))
+        self._refuse_misfit(file, checkpoint)
         further = self.optimizer.param_groups[1:]
         del self.optimizer.param_groups[1:]
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(str(file))
         self.optimizer.param_groups.extend(further)
-        state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(CHECKPOINT_KEY)
+        state = checkpoint.get(CHECKPOINT_KEY)
         if state is None:  # written by stock nnU-Net: the companions start from its weights
             self._restart_companions()
             self.step = self.current_epoch * self.num_iterations_per_epoch
@@ -514,6 +649,78 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = state["step"]
         # it is rank 0's: the others would draw the same crops and masks
         self._resume_random_state = state["random_state"] if self.local_rank == 0 else None
+
+    def _read_checkpoint(self, file: Path) -> tuple[Path, dict]:
+        """The checkpoint, or, where it is damaged and a training is continued, the next one that --c would take.
+
+        Only damage counts: a file that cannot be opened for other reasons (rights, a network drive) raises OSError,
+        because the training would go on from an older state and write over the better one.
+        """
+        files = [file]
+        if self._continued and file.name in CHECKPOINTS:
+            later = CHECKPOINTS[CHECKPOINTS.index(file.name) + 1 :]
+            files += [file.with_name(name) for name in later if file.with_name(name).is_file()]
+        damaged = []
+        for candidate in files:
+            try:
+                checkpoint = read_checkpoint(candidate)
+            except ValueError:
+                damaged.append(str(candidate))
+                continue
+            if damaged:
+                epoch = checkpoint["current_epoch"]
+                self.print_to_log_file(
+                    f"WARNING: cut off or damaged: {', '.join(damaged)}. Training continues from {candidate} instead, "
+                    f"with epoch {epoch}."
+                )
+            return candidate, checkpoint
+        raise ValueError(
+            f"Cut off or damaged: {', '.join(damaged)}. Restore a backup, or remove what is named here and "
+            f"{'start the training again without --c' if self._continued else 'train again'}."
+        )
+
+    def _refuse_misfit(self, file: Path, checkpoint: dict) -> None:
+        """Refuses a checkpoint of other networks, before anything of it is loaded."""
+        ours = checkpoint.get(CHECKPOINT_KEY)
+        weights = {"student": checkpoint.get("network_weights", {})}
+        networks = {"student": self.network}
+        if ours is not None:
+            weights |= {"student": ours["student"], **ours["companions"]}
+            networks |= vars(self.companions)
+        misfits = [*(weights.keys() ^ networks.keys())]
+        for name in weights.keys() & networks.keys():
+            own = {key: tensor.shape for key, tensor in unwrap(networks[name]).state_dict().items()}
+            given = {key.removeprefix("module."): tensor.shape for key, tensor in weights[name].items()}
+            if own != given:
+                misfits.append(name)
+        if misfits:
+            arguments = checkpoint.get("init_args", {})
+            plans, configuration = arguments.get("plans", {}).get("plans_name"), arguments.get("configuration")
+            raise ValueError(
+                f"{file} is of {checkpoint.get('trainer_name')}, {plans}, {configuration}; its networks do not fit "
+                f"{type(self).__name__}, {self.plans_manager.plans_name}, {self.configuration_name} "
+                f"({', '.join(sorted(misfits))}). Continue with the trainer, plans and configuration that wrote it, or "
+                f"move the file away and start without --c."
+            )
+
+
+def read_checkpoint(file: Path) -> dict:
+    """A checkpoint of nnU-Net or of ours, on the CPU.
+
+    Raises: OSError where the file cannot be opened; ValueError that names it where it is damaged.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        # torch does not look at the checksums that it writes
+        damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
+        if "network_weights" in checkpoint and damaged is None:
+            return checkpoint
+        problem = "no network_weights in it" if damaged is None else f"wrong checksum of {damaged}"
+    except OSError:
+        raise
+    except Exception as error:  # torch and pickle raise anything for a damaged file
+        problem = str(error).partition("\n")[0]
+    raise ValueError(f"{file} is cut off or damaged ({problem}). Restore a backup, or train again.")
 
 
 def _augmenter(loader, workers: int, cached: int, device: torch.device):

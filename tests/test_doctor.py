@@ -210,7 +210,7 @@ def test_without_a_configuration_the_preprocessed_ones_are_checked(capsys, datas
 def test_a_damaged_file_is_reported(capsys, dataset):
     (dataset / "splits_final.json").write_text("[")
     assert doctor("901", ["3d_fullres"]) == 1
-    assert "JSONDecodeError" in capsys.readouterr().out
+    assert "splits_final.json is cut off or not JSON" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_model_that_is_missing_is_named_with_the_command_that_trains_it(tiny_d
 def test_a_fold_that_is_missing_is_refused(model):
     (model / "fold_4").mkdir()
     (model / "fold_4" / "checkpoint_final.pth").touch()
-    refused(ValueError, "no fold 4", fold=4)
+    refused(ValueError, "Fold 4 does not exist: .*splits_final.json has the folds 0 to 0", fold=4)
     shutil.rmtree(model / "fold_4")
 
 
