@@ -374,7 +374,7 @@ def test_trainers_that_are_not_found_are_all_named(trained, fake, capsys):
 def test_a_configuration_a_fold_and_plans_that_are_missing_are_refused(trained, fake, capsys):
     refused(trained, capsys, "no configuration 2d", "-c", "2d")
     refused(trained, capsys, "cascade is a cascade", "-c", "cascade")
-    refused(trained, capsys, "no fold 2; the number of its folds is 2", folds=["0", "2"])
+    refused(trained, capsys, ("Fold 2 does not exist", "has the folds 0 to 1"), folds=["0", "2"])
     refused(trained, capsys, "Other.json is missing", "-p", "Other")
 
 
