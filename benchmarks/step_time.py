@@ -9,6 +9,7 @@ with all libraries imported: weights, teacher, gradients, momentum, batches and 
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -25,6 +26,8 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "26
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
+
+from nnunet_ssl.files import replacing
 
 BLOCK = 4  # steps between two turns
 # Forward and backward passes of a planned batch that a method's equations need; nnUNetTrainer's are 1 and 1. A backward
@@ -91,6 +94,16 @@ def memory(name: str, args) -> float:
     return queue.get()
 
 
+def record_ratios(configuration: str, ratios: dict[str, float]) -> None:
+    """Puts ratios into results/ratios.json, which benchmarks/guard.py compares with benchmarks/baseline.json."""
+    path = Path(__file__).parent / "results" / "ratios.json"
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known[configuration] = dict(sorted((known.get(configuration, {}) | ratios).items()))
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(known, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", dest="dataset", default="501")
@@ -118,10 +131,12 @@ def main() -> None:
         stock_seconds = statistics.median(theirs for _, theirs in pairs)
         forward, backward = PASSES[name]
         count, ratio = (forward + 2 * backward) / 3, statistics.median(ratios)
+        peak = memory(name, args) / stock_memory
+        record_ratios(f"{args.configuration}, {args.device}", {f"step, {name}": ratio, f"memory, {name}": peak})
         lines.append(
             f"| {name} | {forward} + {backward} | {count:.2f} | {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
             f"| {100 * (ratio / count - 1):+.0f} % | {1000 * stock_seconds:.0f} ms "
-            f"| {memory(name, args) / stock_memory:.2f} ({stock_memory:.0f} MiB) |"
+            f"| {peak:.2f} ({stock_memory:.0f} MiB) |"
         )
         print(lines[-1], flush=True)
         del trainer, batches
