@@ -73,8 +73,8 @@ def run_jobs(executor, function: Callable[[object], str | None], jobs: dict[str,
             continue
         if known[name]["job"] != repr(jobs[name]):
             raise RuntimeError(
-                f"Job {earlier.job_id} for {name} is still queued or running, with other settings. Wait for it, or "
-                f"scancel {earlier.job_id}, or choose another -o."
+                f"Job {earlier.job_id} for {name} is still queued or running, with other settings. Wait for it, or end "
+                f"it: scancel {earlier.job_id}"
             )
         waiting[name] = earlier
         print(

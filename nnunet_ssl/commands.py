@@ -16,10 +16,14 @@ import os, signal, subprocess, sys, threading
 
 def end_with_parent():
     os.read(0, 1)  # the parent holds the other end and never writes: this returns when it is gone
+    if os.name == "nt":
+        process.kill()
+        os._exit(1)
     os.killpg(0, signal.SIGKILL)
 
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 threading.Thread(target=end_with_parent, daemon=True).start()
-code = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL).wait()
+code = process.wait()
 if code < 0:  # the same end for those who look at our exit code
     signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
     os.kill(os.getpid(), -code)
@@ -76,7 +80,7 @@ def execute(
                 time.sleep(0.5)
         finally:
             if process.poll() is None:  # this process is interrupted
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill() if os.name == "nt" else os.killpg(process.pid, signal.SIGKILL)
             process.stdin.close()
             process.wait()
     return process.returncode

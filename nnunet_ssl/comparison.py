@@ -187,7 +187,7 @@ def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str
     contents = {".md": markdown(rows, text), ".csv": comma_separated(rows), ".tex": latex(rows, text)}
     for ending, content in contents.items():
         with replacing(output / f"{TABLE}{ending}") as temporary:
-            temporary.write_text(content)
+            temporary.write_text(content, encoding="utf-8")
     dice = {t: {case: metrics["Dice"] for case, metrics in cases.items()} for t, cases in values.items() if cases}
     (output / FIGURE).unlink(missing_ok=True)  # it would be of other numbers than the table
     if dice:

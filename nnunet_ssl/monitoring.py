@@ -18,7 +18,7 @@ from torch import Tensor, autocast, nn
 
 from nnunet_ssl.data import Batch
 from nnunet_ssl.files import replacing
-from nnunet_ssl.networks import forward_with_features, logits, unwrap
+from nnunet_ssl.networks import forward_with_features, has_stages, logits, unwrap
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -57,36 +57,48 @@ def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor 
     patches = torch.cat([batch.image[:1], view])  # there are always two for the distance
     regions = trainer.label_manager.has_regions
     values: dict[str, Tensor | float] = {"ramp": trainer.ramp} if trainer.rampup > 0 else {}
+    features = None
     with ExitStack() as stack:
         stack.enter_context(autocast("cuda") if trainer.device.type == "cuda" else nullcontext())
         for network in {student, other}:
             stack.enter_context(_evaluating(network))
-        if hasattr(student, "encoder"):
+        if has_stages(student):
             output, skips = forward_with_features(student, patches)
-            own = output[0] if isinstance(output, list) else output
-            features = F.normalize(skips[-1].float().flatten(1))
-            pairs = len(patches) * (len(patches) - 1)
-            values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
+            own, features = (output[0] if isinstance(output, list) else output), skips[-1]
+            del output, skips
         else:
             own = logits(student, patches)
-        own = trainer.probabilities(own)[1:]
-        pseudo = own if other is student else trainer.probabilities(logits(other, view))
-    truth, annotated = trainer.as_probabilities(batch.labels, pseudo.shape[1])
-    found, known = foreground(pseudo, regions), foreground(truth, regions) & annotated[:, 0]
-    values["labeled_foreground"] = known.sum() / annotated.sum()
+        own = own[1:]
+        pseudo = trainer.probabilities(own if other is student else logits(other, view))
+    if features is not None:
+        # in float32: near 0 is where a collapse shows
+        features = F.normalize(features.float().flatten(1))
+        pairs = len(patches) * (len(patches) - 1)
+        values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
+    labels, channels = batch.labels, pseudo.shape[1]
+    if regions:
+        known, ignored = labels[:, :channels].bool().any(1), labels[:, channels:].bool().any(1)
+    else:
+        known = labels[:, 0] > 0
+        ignore_label = trainer.label_manager.ignore_label
+        ignored = torch.zeros_like(known) if ignore_label is None else labels[:, 0] == ignore_label
+    found = foreground(pseudo, regions)
+    values["labeled_foreground"] = (known & ~ignored).sum() / (~ignored).sum()
     values["pseudo_foreground"] = found.float().mean()
     values["pseudo_confidence"] = (pseudo.amax(1) * found).sum() / found.sum()
     if other is not student:
-        mine = foreground(own, regions)
+        mine = foreground(trainer.probabilities(own), regions)
         values["agreement"] = 2 * (mine & found).sum() / (mine.sum() + found.sum())
     return values
 
 
 def labeler(trainer: "SemiSupervisedTrainer") -> tuple[str, nn.Module]:
     """Name and network whose labels the student learns from: the teacher, else the second student, else itself."""
-    networks = {"student": trainer.network, **vars(trainer.companions)}
-    name = "teacher" if "teacher" in networks else list(networks)[min(1, len(networks) - 1)]
-    return name, unwrap(networks[name])
+    networks = vars(trainer.companions)
+    # other companions need not be networks that segment
+    students = [n for n, network in networks.items() if any(network is student for student in trainer.students())]
+    name = "teacher" if "teacher" in networks else next(iter(students), "student")
+    return name, unwrap(networks.get(name, trainer.network))
 
 
 def foreground(probabilities: Tensor, regions: bool) -> Tensor:
@@ -96,12 +108,13 @@ def foreground(probabilities: Tensor, regions: bool) -> Tensor:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = network.training
+    modes = [(module, module.training) for module in network.modules()]  # a part may be in another mode on purpose
     network.eval()
     try:
         yield
     finally:
-        network.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 class History:
@@ -123,13 +136,18 @@ class History:
             self.table.unlink(missing_ok=True)
 
     def append(self, epoch: int, losses: dict[str, float], observations: dict[str, float]) -> None:
-        """Adds a row: epoch, "loss", its terms, then the observations."""
-        new = not self.table.is_file()
-        with self.table.open("a", newline="") as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(["epoch", *losses, *observations])
-            writer.writerow([epoch, *losses.values(), *observations.values()])
+        """Adds a row: epoch, "loss", its terms, then the observations; columns that were not there become empty."""
+        row = {"epoch": epoch, **losses, **observations}
+        header, *rows = self.read() or [list(row)]
+        if set(header) == set(row) and rows:
+            with self.table.open("a", newline="") as f:
+                csv.DictWriter(f, header).writerow(row)
+            return
+        with replacing(self.table) as temporary, open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys([*header, *row])))
+            writer.writeheader()
+            writer.writerows(dict(zip(header, values, strict=True)) for values in rows)
+            writer.writerow(row)
 
     def read(self) -> list[list[str]]:
         """The lines of the table, empty where there is none."""
@@ -144,7 +162,8 @@ class History:
         if not last and begin - self._drawn_at < self._drawing_seconds / DRAWING_SHARE:
             return
         header, *rows = self.read()
-        columns = dict(zip(header, zip(*(map(float, row) for row in rows), strict=True), strict=True))
+        numbers = ([float(value or "nan") for value in row] for row in rows)
+        columns = dict(zip(header, zip(*numbers, strict=True), strict=True))
         # nnU-Net's progress.png leaves huge fonts behind
         with style.context("default"), replacing(self.picture) as temporary:
             draw(columns, self.other).savefig(temporary, format="png", dpi=100)

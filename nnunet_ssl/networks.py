@@ -122,16 +122,21 @@ def forward_with_features(
     return network.decoder(skips), skips
 
 
-def require_stages(network: nn.Module, purpose: str) -> None:
-    """Raises NotImplementedError where a network has no encoder that gives a decoder the outputs of its stages.
+def has_stages(network: nn.Module) -> bool:
+    """Whether the network has an encoder that gives a decoder the outputs of its stages.
 
     nnU-Net's PlainConvUNet and ResidualEncoderUNet have one; its Primus has not.
     """
     inner = unwrap(network)
-    if not (hasattr(inner, "encoder") and hasattr(getattr(inner, "decoder", None), "transpconvs")):
+    return hasattr(inner, "encoder") and hasattr(getattr(inner, "decoder", None), "transpconvs")
+
+
+def require_stages(network: nn.Module, purpose: str) -> None:
+    """Raises NotImplementedError where a network has no such stages."""
+    if not has_stages(network):
         raise NotImplementedError(
             f"{purpose} needs a U-Net with encoder stages (PlainConvUNet or ResidualEncoderUNet), not a "
-            f"{type(inner).__name__}."
+            f"{type(unwrap(network)).__name__}."
         )
 
 

@@ -45,7 +45,8 @@ def preview(
         configuration: as 3d_fullres.
         fold: number or "all".
         trainer_name: one of ours.
-        output: PNG file; replaced in one step. Nothing else is written.
+        output: PNG file; replaced in one step. Nothing else is written, but for the splits_final.json that nnU-Net
+            draws where there is none.
         plans_identifier: of the plans.
         checkpoint: file name of a checkpoint of this trainer, whose networks make the pseudo labels; None: networks
             with random weights.
@@ -59,6 +60,8 @@ def preview(
         ValueError: the trainer is not one of ours.
     """
     dataset = str(maybe_convert_to_dataset_name(dataset))
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{output.absolute().parent} does not exist. Make it, or choose another -o.")
     file = None
     if checkpoint is not None:
         file = Path(get_output_folder(dataset, trainer_name, plans_identifier, configuration, fold)) / checkpoint
@@ -79,9 +82,13 @@ def preview(
         with torch.no_grad(), recorded() as calls:
             for _ in trainer.losses(batch):
                 pass
-    # every method mixes the images first, then their targets by the same masks
-    pairs = list(zip(calls[::2], calls[1::2], strict=True))
-    regions = trainer.label_manager.has_regions
+    # every method mixes the images first, then their targets by the same masks; further tensors are not shown
+    by_mask: dict[int, list[Mix]] = {}
+    for call in calls:
+        by_mask.setdefault(id(call.mask), []).append(call)
+    pairs = [(image, target) for image, target, *_ in by_mask.values()]
+    labels = trainer.label_manager
+    regions = len(labels.foreground_regions) if labels.has_regions else 0
     rows = [
         mixed_row(image, target, sample, batch, regions)
         for image, target in pairs
@@ -93,10 +100,11 @@ def preview(
 
 @contextmanager
 def _nothing_written() -> Iterator[None]:
-    """A results folder that vanishes, and no worker processes."""
-    before = {name: os.environ.get(name) for name in ("nnUNet_results", "nnUNet_n_proc_DA")}
+    """A results folder that vanishes, no worker processes, no run of Weights & Biases."""
     with tempfile.TemporaryDirectory(prefix="nnunet_ssl_preview_") as folder:
-        os.environ.update(nnUNet_results=folder, nnUNet_n_proc_DA="0")
+        settings = {"nnUNet_results": folder, "nnUNet_n_proc_DA": "0", "nnUNet_wandb_enabled": "0"}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
         try:
             yield
         finally:
@@ -109,17 +117,20 @@ def _nothing_written() -> Iterator[None]:
 Row = list[tuple[str, np.ndarray, list[tuple[np.ndarray, str, str]]]]
 
 
-def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, regions: bool) -> Row:
+def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, regions: int) -> Row:
     """Columns of one mixed patch: its two sources, mask, mix and target."""
-    masks = [np.broadcast_to(m[sample, 0].cpu().numpy(), image.first.shape[2:]) for m in (image.mask, target.mask)]
-    if not np.array_equal(*masks):
-        raise RuntimeError("Image and target are mixed by different masks.")
+    mask = np.broadcast_to(image.mask[sample, 0].cpu().numpy(), image.first.shape[2:])
     sources = [(image.first[sample], target.first[sample]), (image.second[sample], target.second[sample])]
     labeled = [any(torch.equal(source, known) for known in batch.image) for source, _ in sources]
+    for (source, _), is_labeled in zip(sources, labeled, strict=True):
+        if not is_labeled and not any(torch.equal(source, patch) for patch in batch.unlabeled):
+            raise RuntimeError(
+                "The method changes its patches before it mixes them: the preview cannot tell them apart."
+            )
     maps = [class_map(labels, regions) for _, labels in sources]
     mixed = class_map(target.result[sample], regions)
     # the colour of every voxel's source
-    known = np.where(masks[0], labeled[0], labeled[1])
+    known = np.where(mask, labeled[0], labeled[1])
     place = show_where(mixed, known)
 
     columns: Row = []
@@ -136,7 +147,7 @@ def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, regions: bool)
     ]
 
 
-def plain_row(batch: Batch, sample: int, regions: bool) -> Row:
+def plain_row(batch: Batch, sample: int, regions: int) -> Row:
     """Columns of a method that does not mix: its patches."""
     labels = class_map(batch.labels[sample], regions)
     place = show_where(labels, labels > 0)
@@ -149,14 +160,15 @@ def plain_row(batch: Batch, sample: int, regions: bool) -> Row:
     return row
 
 
-def class_map(target: Tensor, regions: bool) -> np.ndarray:
+def class_map(target: Tensor, regions: int) -> np.ndarray:
     """Labels (1, *spatial), probabilities or regions (C, *spatial) as one number per voxel, 0 for the background.
 
-    Of regions it is the number of those that a voxel lies in, which tells nested ones apart.
+    Of regions, of which there are so many (0: these are classes), it is the number of those that a voxel lies in,
+    which tells nested ones apart.
     """
     if len(target) == 1 and not regions:
         return target[0].cpu().numpy().astype(int)
-    classes = (target > 0.5).sum(0) if regions else target.argmax(0)
+    classes = (target[:regions] > 0.5).sum(0) if regions else target.argmax(0)
     return classes.cpu().numpy().astype(int)
 
 

@@ -21,6 +21,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl import pseudo_labels
@@ -117,6 +118,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Labels as probabilities of the network's `channels`, and a mask of the voxels that are annotated."""
         regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
         return pseudo_labels.as_probabilities(labels, channels, regions=regions, ignore_label=ignore_label)
+
+    def parts(self, size: int) -> list[slice]:
+        """Parts of a batch of that size of which two graphs need no more memory than one graph of the whole batch.
+
+        The whole batch where its samples depend on each other beyond this process or this part: in batch
+        normalisation, and in a Dice over the samples of all GPUs. A single sample is a part as well.
+        """
+        normalised = any(isinstance(module, _BatchNorm) for module in unwrap(self.network).modules())
+        joint = normalised or (self.is_ddp and self.configuration_manager.batch_dice)
+        step = size if joint else max(1, size // 2)
+        return [slice(begin, begin + step) for begin in range(0, size, step)]
 
     def new_network(self) -> nn.Module:
         """A further network, built and randomly initialised as nnU-Net does with the first one."""

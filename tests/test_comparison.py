@@ -50,7 +50,7 @@ def dataset(tmp_path, monkeypatch):
     small = {"architecture": {}}
     configurations = {"3d_fullres": small, "cascade": small | {"previous_stage": "3d_lowres"}, "3d_lowres": small}
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps({"configurations": configurations}))
-    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": []}] * 2))
+    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": ["x"], "val": ["y"]}] * 2))
     return tmp_path
 
 

@@ -88,31 +88,47 @@ class HostCopies(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
-        self.count += function.__name__.split(".")[0].startswith(waits)
+        name = function.__name__.split(".")[0]
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else []
+        by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+        self.count += by_mask or name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "unique"))
         return function(*args, **(kwargs or {}))
 
 
 @every
-def test_observing_changes_nothing_and_waits_for_nothing(trainer_class, tiny_dataset):
+def test_observing_changes_nothing_and_waits_for_nothing(trainer_class, tiny_dataset, monkeypatch):
     trainer = started(trainer_class, tiny_dataset)
     batch = trainer._to_device(next(trainer.dataloader_train))
     networks = [trainer.network, *vars(trainer.companions).values()]
+    for network in networks:  # a part that is in another mode than the whole
+        part = next(network.children())
+        part.train(not part.training)
     modes = [[module.training for module in network.modules()] for network in networks]
     weights = [p.clone() for network in networks for p in network.parameters()]
     state = torch.get_rng_state()
-    # one_hot looks at the values of tensors on the CPU, not of those on a GPU
-    known = trainer.as_probabilities(batch.labels, 2)
-    trainer.as_probabilities = lambda labels, channels: known
+    ones = torch.ones(2)
     with HostCopies() as copies:
-        float(torch.ones(1))
-        assert copies.count == 1
+        assert (float(ones[0]), len(ones[ones > 0])) == (1, 2)
+        assert copies.count == 2
+        for name in ("cpu", "numpy", "tolist", "to"):
+            monkeypatch.setattr(torch.Tensor, name, None)
         observe(trainer, batch)
-    assert copies.count == 1
+        monkeypatch.undo()
+    assert copies.count == 2
     assert torch.equal(torch.get_rng_state(), state)
     assert [[module.training for module in network.modules()] for network in networks] == modes
     assert all(map(torch.equal, weights, (p for network in networks for p in network.parameters())))
     assert all(p.grad is None for network in networks for p in network.parameters())
+
+
+def test_a_companion_that_does_not_segment_makes_no_pseudo_labels(tiny_dataset):
+    class Discriminator(SemiSupervisedTrainer):
+        def build_companions(self):
+            return {"discriminator": torch.nn.Linear(3, 1).requires_grad_(False)}
+
+    trainer = started(Discriminator, tiny_dataset)
+    assert labeler(trainer) == ("student", trainer.network)
+    assert "agreement" not in observe(trainer, CLASSES.random_batch(2))
 
 
 @every
@@ -164,6 +180,18 @@ def test_rows_that_are_trained_again_or_were_cut_off_are_dropped(text, kept, tmp
     history.table.write_text(text)
     history.trim(1)
     assert (history.table.read_text().split() if history.table.exists() else None) == kept
+
+
+def test_other_columns_than_before_are_added_by_name(tmp_path):
+    history = History(tmp_path)
+    history.table.write_text("epoch,loss,b,a\n0,3.0,1.0,2.0\n")
+    history.trim(1)
+    history.append(1, {"loss": 7.0, "a": 3.0, "b": 4.0}, {"ramp": 0.5})
+    history.append(2, {"loss": 7.0, "a": 5.0, "b": 2.0}, {"ramp": 1.0})
+    lines = ["epoch,loss,b,a,ramp", "0,3.0,1.0,2.0,", "1,7.0,4.0,3.0,0.5", "2,7.0,2.0,5.0,1.0"]
+    assert history.table.read_text().split() == lines
+    history.draw()
+    assert history.picture.is_file()
 
 
 def test_drawing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):

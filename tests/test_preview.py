@@ -13,8 +13,8 @@ from training import every_trainer, make_trainer, seed
 from nnunet_ssl import preview as module
 from nnunet_ssl.cli import main
 from nnunet_ssl.data import Batch
-from nnunet_ssl.mixing import Mix, box_mask, mix, mix_halves, recorded
-from nnunet_ssl.preview import colours, mixed_row, preview
+from nnunet_ssl.mixing import box_mask, mix, mix_halves, recorded
+from nnunet_ssl.preview import class_map, colours, mixed_row, preview
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 MIXED = {"nnUNetTrainerM3HL": 2, "nnUNetTrainerM3": 2, "nnUNetTrainerBCP": 2, "nnUNetTrainerCoLearning": 4}
@@ -89,7 +89,7 @@ def test_a_row_tells_both_sources_apart():
         mix_halves(labeled, batch.target, unlabeled, torch.zeros_like(batch.target), mask)
     assert len(calls) == 2
     for sample, keeps in ((0, mask[0, 0, 3].numpy()), (1, ~mask[0, 0, 3].numpy())):
-        by_title = {title: (values, outlines) for title, values, outlines in mixed_row(*calls, sample, batch, False)}
+        by_title = {title: (values, outlines) for title, values, outlines in mixed_row(*calls, sample, batch, 0)}
         (known, _, _), (pseudo, _, _) = by_title["mixed patch"][1]
         assert np.array_equal(known, keeps)
         assert not pseudo.any()
@@ -106,17 +106,28 @@ def test_the_second_source_may_be_the_labeled_one():
         mask = box_mask(1, (6, 6))
         mix(unlabeled, labeled, mask)
         mix(torch.zeros(1, 1, 6, 6), batch.target, mask)
-    row = mixed_row(*calls, 0, batch, False)
+    row = mixed_row(*calls, 0, batch, 0)
     assert [title for title, _, _ in row[:2]] == ["labeled patch", "unlabeled patch"]
     (known, _, _), _ = row[3][2]
     assert np.array_equal(known, ~mask[0, 0].numpy())
 
 
-def test_different_masks_of_image_and_target_are_an_error():
+def test_nested_regions_are_told_apart_and_the_ignore_channel_is_none():
+    target = torch.zeros(3, 4)
+    target[0, :3], target[1, :1], target[2, 3] = 1, 1, 1  # whole, core, ignored
+    assert class_map(target, 2).tolist() == [2, 1, 1, 0]
+    assert class_map(torch.tensor([[0.0, 3.0]]), 0).tolist() == [0, 3]
+    assert class_map(torch.tensor([[0.9, 0.2], [0.1, 0.8]]), 0).tolist() == [0, 1]
+
+
+def test_a_patch_of_unknown_origin_is_an_error():
     image, mask = torch.rand(1, 1, 6, 6), box_mask(1, (6, 6))
-    batch = Batch(image=image, target=image, unlabeled=image, unlabeled_weak=None)
-    with pytest.raises(RuntimeError, match="different masks"):
-        mixed_row(Mix(image, image, mask, image), Mix(image, image, ~mask, image), 0, batch, False)
+    batch = Batch(image=image, target=image, unlabeled=torch.rand(1, 1, 6, 6), unlabeled_weak=None)
+    with recorded() as calls:
+        mix(image, batch.unlabeled + 0.1, mask)
+        mix(image, image, mask)
+    with pytest.raises(RuntimeError, match="before it mixes"):
+        mixed_row(*calls, 0, batch, 0)
 
 
 def test_nothing_is_recorded_outside_of_the_block():
@@ -133,6 +144,7 @@ def test_nothing_is_recorded_outside_of_the_block():
         (["-tr", "nnUNetTrainerM3", "-chk", "checkpoint_final.pth"], "checkpoint_final.pth is missing"),
         (["-tr", "nnUNetTrainer"], "nnUNetTrainer is not a semi-supervised trainer"),
         (["-tr", "nnUNetTrainerM4"], "nnUNetTrainerM4"),
+        (["-tr", "nnUNetTrainerM3", "-o", "/nowhere/preview.png"], "/nowhere does not exist"),
     ],
 )
 def test_bad_input_is_a_sentence(arguments, message, tiny_dataset, tmp_path, capsys):

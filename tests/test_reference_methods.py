@@ -102,6 +102,28 @@ def test_cps(labels, labels_dataset, size):
     assert_terms(groups, expected)
 
 
+@pytest.mark.parametrize(("size", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 2]), (5, [2, 2, 1])])
+def test_both_graphs_of_a_part_are_no_larger_than_one_of_the_batch(tiny_dataset, size, parts):
+    trainer, seen = started(nnUNetTrainerCPS, tiny_dataset), []
+    trainer.companions.student_2.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    for _ in trainer.losses(CLASSES.random_batch(size)):
+        pass
+    assert seen == [size, *parts]
+
+
+def test_a_batch_whose_samples_depend_on_each_other_is_one_part(tiny_dataset):
+    trainer = started(nnUNetTrainerCPS, tiny_dataset)
+    assert trainer.parts(4) == [slice(0, 2), slice(2, 4)]
+    trainer.is_ddp = True
+    assert len(trainer.parts(4)) == 2
+    trainer.configuration_manager.configuration["batch_dice"] = True  # nnU-Net's Dice waits for the other ranks
+    assert trainer.parts(4) == [slice(0, 4)]
+    trainer.is_ddp = False
+    assert len(trainer.parts(4)) == 2
+    trainer.network = torch.nn.Sequential(torch.nn.BatchNorm3d(1))
+    assert trainer.parts(4) == [slice(0, 4)]
+
+
 def test_each_student_of_cps_learns_from_its_own_terms_only(tiny_dataset):
     trainer = started(nnUNetTrainerCPS, tiny_dataset)
     networks = (trainer.network, trainer.companions.student_2)

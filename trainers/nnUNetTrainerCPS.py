@@ -24,10 +24,10 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
         weight = self.cross_weight * self.ramp
         yield {"supervised": self.loss(first(batch.image), batch.target)}
         yield {"supervised_2": self.loss(second(batch.image), batch.target)}
-        # both graphs of half a batch need the memory of one graph of a whole batch
-        for part in batch.unlabeled.split((len(batch.unlabeled) + 1) // 2):
-            share = weight * len(part) / len(batch.unlabeled)
-            output, output_2 = logits(first, part), logits(second, part)
+        for part in self.parts(len(batch.unlabeled)):
+            image = batch.unlabeled[part]
+            share = weight * len(image) / len(batch.unlabeled)
+            output, output_2 = logits(first, image), logits(second, image)
             yield {
                 "cross": share * cross_entropy(self.loss, output, self.hard_labels(output_2)),
                 "cross_2": share * cross_entropy(self.loss, output_2, self.hard_labels(output)),

@@ -70,10 +70,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             del output
 
         size = len(batch.unlabeled)
-        # both graphs of half a batch need the memory of one graph of a whole batch; a Dice over the samples of all GPUs
-        # needs all of them at once
-        step = size if self.is_ddp and self.configuration_manager.batch_dice else (size + 1) // 2
-        for part in (slice(begin, begin + step) for begin in range(0, size, step)):
+        for part in self.parts(size):
             weight = self.ramp * self.unlabeled_weight * len(pseudo[part]) / size
             outputs = [logits(student, add_noise(batch.unlabeled[part], self.noise)) for student in students]
             terms = {}
