@@ -413,6 +413,7 @@ LABELS = st.dictionaries(
 SOUND = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "heart": 1}, "file_ending": ".nii.gz"}
 CHANGES = st.dictionaries(ENTRIES, LABELS | JSON, max_size=2)
 DATASETS = JSON | CHANGES | CHANGES.map(lambda changes: SOUND | changes)
+DATASETS |= LABELS.map(lambda labels: SOUND | {"labels": labels})
 fuzzed = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
