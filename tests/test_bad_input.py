@@ -408,9 +408,12 @@ ENTRIES = st.sampled_from(
 )
 LABELS = st.dictionaries(
     st.sampled_from(["background", "heart", "ignore"]),
-    st.integers(-1, 5) | st.lists(st.integers(0, 5), max_size=3) | JSON,
+    st.integers(-1, 5) | st.lists(st.integers(0, 5) | st.none(), min_size=1, max_size=3),
 )
-DATASETS = JSON | st.dictionaries(ENTRIES, LABELS | JSON | st.sampled_from([".nii.gz", {"0": "CT"}]), max_size=6)
+SOUND = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "heart": 1}, "file_ending": ".nii.gz"}
+CHANGES = st.dictionaries(ENTRIES, LABELS | JSON, max_size=2)
+DATASETS = JSON | CHANGES | CHANGES.map(lambda changes: SOUND | changes)
+DATASETS |= LABELS.map(lambda labels: SOUND | {"labels": labels})
 fuzzed = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
