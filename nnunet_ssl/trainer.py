@@ -409,8 +409,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._restart_companions()
         super().on_train_start()
         if self.local_rank == 0:
-            for leftover in Path(self.output_folder).glob(".checkpoint_*.tmp"):
-                leftover.unlink()  # a training that was killed while it wrote a checkpoint
+            for leftover in Path(self.output_folder).glob(".*.tmp"):
+                leftover.unlink()  # a training that was killed while it wrote a checkpoint or a picture
             self.history = History(Path(self.output_folder), labeler(self)[0].replace("_", " "))
             self.history.trim(self.current_epoch)
         if self._resume_random_state is not None:
