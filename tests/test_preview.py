@@ -141,7 +141,7 @@ def test_nothing_is_recorded_outside_of_the_block():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-tr", "nnUNetTrainerM3", "-chk", "checkpoint_final.pth"], "checkpoint_final.pth is missing"),
+        (["-tr", "nnUNetTrainerM3", "-chk", "checkpoint_none.pth"], "checkpoint_none.pth is missing"),
         (["-tr", "nnUNetTrainer"], "nnUNetTrainer is not a semi-supervised trainer"),
         (["-tr", "nnUNetTrainerM4"], "nnUNetTrainerM4"),
         (["-tr", "nnUNetTrainerM3", "-o", "/nowhere/preview.png"], "/nowhere does not exist"),

@@ -36,7 +36,7 @@ def offences(source: str) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_no_file_uses_the_network_or_a_shell(file):
-    assert offences(file.read_text()) == []
+    assert offences(file.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
