@@ -33,12 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", dest="dataset", default="501")
     parser.add_argument("-c", dest="configuration", default="3d_fullres")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans")
     parser.add_argument("-n", dest="number", type=int, default=60)
     args = parser.parse_args()
 
     name = maybe_convert_to_dataset_name(int(args.dataset))
     base = Path(nnUNet_preprocessed) / name
-    plans = PlansManager(str(base / "nnUNetPlans.json"))
+    plans = PlansManager(str(base / f"{args.plans}.json"))
     configuration = plans.get_configuration(args.configuration)
     dataset_json = json.loads((base / "dataset.json").read_text())
     files = sorted((Path(nnUNet_raw) / name / "imagesTr").iterdir())[: args.number]
@@ -49,7 +50,7 @@ def main() -> None:
         os.environ["nnUNet_preprocessed"] = str(scratch / "preprocessed")
         target = scratch / "preprocessed" / name
         target.mkdir(parents=True)
-        for file in ("nnUNetPlans.json", "dataset.json"):
+        for file in (f"{args.plans}.json", "dataset.json"):
             shutil.copy2(base / file, target)
         preprocessor = configuration.preprocessor_class(verbose=False)
 
@@ -60,7 +61,7 @@ def main() -> None:
 
         def ours(part: list[Path], images: Path) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                preprocess_unlabeled(args.dataset, [args.configuration], images=images, num_processes=1)
+                preprocess_unlabeled(args.dataset, [args.configuration], args.plans, images, num_processes=1)
 
         for begin in range(0, len(files), TURN):
             part = files[begin : begin + TURN]
@@ -100,7 +101,8 @@ def run_and_kill(args, images: Path, seconds: float, made: Path) -> list[int]:
     Returns:
         How many cases were finished at every kill.
     """
-    command = ["nnunet-ssl", "preprocess", "-d", args.dataset, "-c", args.configuration, "-i", str(images), "-np", "1"]
+    command = ["nnunet-ssl", "preprocess", "-d", args.dataset, "-c", args.configuration, "-p", args.plans]
+    command += ["-i", str(images), "-np", "1"]
     finished = []
     while True:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

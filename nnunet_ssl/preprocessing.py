@@ -1,5 +1,6 @@
 """Preprocess scans that have no label file, with the plans and the preprocessor that their dataset already has."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -353,12 +354,24 @@ def as_text(value: Any) -> str:
 
 @contextmanager
 def readable(file: Path, ending: str) -> Iterator[Path]:
-    """A scan's file; a folder of DICOM files is for the time being one image file with the ending.
+    """A scan's file as readers take it; what is unpacked or converted for them is removed afterwards.
+
+    A folder of DICOM files becomes one image file with the ending. A packed NIfTI file is unpacked: SimpleITK alone
+    takes three times as long as Python's gzip and SimpleITK together.
 
     Raises: ValueError where the folder does not hold exactly one DICOM series.
     """
     if not file.is_dir():
-        yield file
+        with file.open("rb") as stream:
+            packed = file.name.endswith(".nii.gz") and stream.read(2) == b"\x1f\x8b"
+        if not packed:
+            yield file
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, file.name.removesuffix(".gz"))
+            with gzip.open(file) as source, path.open("wb") as unpacked:
+                shutil.copyfileobj(source, unpacked, 2**20)
+            yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
     if len(series) != 1:
