@@ -19,7 +19,7 @@ from nnunet_ssl.comparison_table import case_values, comma_separated, latex, mak
 from nnunet_ssl.dataset_json import channel_names, read_dataset_json
 from nnunet_ssl.files import replacing
 from nnunet_ssl.preprocessing import find_scans, load_plans
-from nnunet_ssl.splits import CROSSVAL_FOLDS, read_fold
+from nnunet_ssl.splits import check_fold
 
 TABLE, FIGURE = "comparison", "comparison.png"  # the table's name, without its endings
 # a training of nnU-Net's 1000 epochs takes one to two days
@@ -108,10 +108,7 @@ def check_dataset(name: str, configuration: str, plans_identifier: str, folds: S
         raise NotImplementedError(f"{configuration} is a cascade. Compare 2d, 3d_lowres or 3d_fullres.")
     splits = preprocessed / "splits_final.json"
     for fold in [fold for fold in folds if fold != "all"]:
-        if splits.is_file():
-            read_fold(splits, fold)
-        elif not 0 <= fold < CROSSVAL_FOLDS:
-            raise ValueError(f"Fold {fold} does not exist: without {splits} there are the folds 0 to 4.")
+        check_fold(splits, fold)
 
     description = read_dataset_json(raw / "dataset.json", "channel_names", "labels", "file_ending")
     ending, channels = description["file_ending"], len(channel_names(description))

@@ -69,6 +69,7 @@ def readable(checkpoint: Path) -> bool:
 
 
 def trained(job: Job) -> bool:
+    """Whether the training has ended and its last checkpoint is complete."""
     return readable(job.model / "checkpoint_final.pth")
 
 

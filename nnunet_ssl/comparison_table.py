@@ -125,6 +125,7 @@ def figure(statistics: dict[str, float | None], factor: float) -> str:
 
 
 def heads() -> list[str]:
+    """The heads of the columns, as plain text."""
     return ["trainer", *(head for head, _ in COLUMNS.values()), "cases", "no distance", "p"]
 
 
@@ -168,7 +169,7 @@ def comma_separated(rows: Sequence[Row]) -> str:
     """The numbers with all digits, in the units of the table; empty cells where there is none."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    names = [f"{name.replace('Dice', 'Dice_percent').replace('Jaccard', 'Jaccard_percent')}" for name in COLUMNS]
+    names = [name.replace("Dice", "Dice_percent").replace("Jaccard", "Jaccard_percent") for name in COLUMNS]
     columns = [f"{name}_{what}" for name in names for what in ("mean", "sd")]
     writer.writerow(["trainer", *columns, "cases", "no_distance", "wilcoxon_p", "failure"])
     for row in rows:

@@ -19,12 +19,12 @@ from torch import Tensor, autocast, nn
 from nnunet_ssl.data import Batch
 from nnunet_ssl.files import replacing
 from nnunet_ssl.networks import forward_with_features, has_stages, logits, unwrap
+from nnunet_ssl.pictures import COLOURS
+from nnunet_ssl.pseudo_labels import hard_labels
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
 
-# colours that people with any colour vision tell apart (Okabe and Ito)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("solid", "dashed", "dotted", "dashdot")
 NAMES = {  # column of the table to its name in the picture
     "ramp": "weight of the ramp-up",
@@ -69,7 +69,7 @@ def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor 
         else:
             own = logits(student, patches)
         own = own[1:]
-        pseudo = trainer.probabilities(own if other is student else logits(other, view))
+        pseudo = own if other is student else logits(other, view)
     if features is not None:
         # in float32: near 0 is where a collapse shows
         features = F.normalize(features.float().flatten(1))
@@ -83,11 +83,12 @@ def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor 
         ignore_label = trainer.label_manager.ignore_label
         ignored = torch.zeros_like(known) if ignore_label is None else labels[:, 0] == ignore_label
     found = foreground(pseudo, regions)
+    confidence = trainer.probabilities(pseudo).amax(1)
     values["labeled_foreground"] = (known & ~ignored).sum() / (~ignored).sum()
     values["pseudo_foreground"] = found.float().mean()
-    values["pseudo_confidence"] = (pseudo.amax(1) * found).sum() / found.sum()
+    values["pseudo_confidence"] = (confidence * found).sum() / found.sum()
     if other is not student:
-        mine = foreground(trainer.probabilities(own), regions)
+        mine = foreground(own, regions)
         values["agreement"] = 2 * (mine & found).sum() / (mine.sum() + found.sum())
     return values
 
@@ -101,9 +102,9 @@ def labeler(trainer: "SemiSupervisedTrainer") -> tuple[str, nn.Module]:
     return name, unwrap(networks.get(name, trainer.network))
 
 
-def foreground(probabilities: Tensor, regions: bool) -> Tensor:
+def foreground(logits: Tensor, regions: bool) -> Tensor:
     """Voxels (B, *spatial) of any class but the background, or of any region: bool."""
-    return (probabilities > 0.5).any(1) if regions else probabilities.argmax(1) > 0
+    return (hard_labels(logits, regions=regions) > 0).any(1)
 
 
 @contextmanager

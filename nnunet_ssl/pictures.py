@@ -12,7 +12,7 @@ from nnunet_ssl.files import replacing
 
 # colours that people with any colour vision tell apart (Okabe and Ito), and lines that differ without colour
 REFERENCE, PREDICTION = "#E69F00", "#56B4E9"
-TRAINERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # from the left, then again
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # of trainers or lines, in this order
 
 
 def compare_segmentations(
@@ -78,7 +78,7 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
         zorder=2,
     )
     for place, column in enumerate(values):
-        colour = TRAINERS[place % len(TRAINERS)]
+        colour = COLOURS[place % len(COLOURS)]
         boxes["boxes"][place].set(facecolor=colour, alpha=0.35)
         axis.scatter([place] * len(column), column, s=26, color=colour, edgecolor="black", linewidth=0.5, zorder=3)
     # two words of a name below each other, so that long names stay apart

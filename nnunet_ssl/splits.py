@@ -54,6 +54,14 @@ def read_fold(path: Path, number: int) -> dict[str, list[str]]:
     return fold
 
 
+def check_fold(path: Path, number: int) -> None:
+    """Raises ValueError where nnU-Net has no such fold: in splits_final.json, or, without it, among those it draws."""
+    if path.is_file():
+        read_fold(path, number)
+    elif not 0 <= number < CROSSVAL_FOLDS:
+        raise ValueError(f"Fold {number} does not exist: without {path} there are the folds 0 to {CROSSVAL_FOLDS - 1}.")
+
+
 def check_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:
     """Refuse to replace a split that differs from `folds`.
 

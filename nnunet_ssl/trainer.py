@@ -47,7 +47,7 @@ from nnunet_ssl.preprocessing import (
 )
 from nnunet_ssl.random_state import get_random_state, seed_from_environment, set_random_state
 from nnunet_ssl.schedules import sigmoid_rampup
-from nnunet_ssl.splits import CROSSVAL_FOLDS, read_fold
+from nnunet_ssl.splits import CROSSVAL_FOLDS, check_fold, read_fold
 
 CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # in the order of --c
@@ -226,12 +226,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         folder = Path(self.preprocessed_dataset_folder)
         cases = finished_cases(folder)
         if self.fold != "all":
-            if path.is_file():
-                # for other folds nnU-Net would draw a random split, with cases that are meant to stay unlabeled
-                read_fold(path, self.fold)
-            elif not 0 <= self.fold < CROSSVAL_FOLDS:
-                raise ValueError(f"Fold {self.fold} does not exist: without {path} there are the folds 0 to 4.")
-            elif len(cases) < CROSSVAL_FOLDS:
+            # for other folds nnU-Net would draw a random split, with cases that are meant to stay unlabeled
+            check_fold(path, self.fold)
+            if not path.is_file() and len(cases) < CROSSVAL_FOLDS:
                 raise ValueError(
                     f"{folder} has {len(cases)} cases, too few for the {CROSSVAL_FOLDS} folds that nnU-Net draws. "
                     f"Write a fold into {path}, as " + '[{"train": ["CASE_A"], "val": ["CASE_B"]}], or train fold all.'
@@ -453,8 +450,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._observations = observe(self, batch)
         # one copy to the host for all terms, where nnU-Net has one for its loss
         values = torch.stack([value.float() for value in terms.values()]).cpu().numpy()
-        self._watch_terms(dict(zip(terms, values, strict=True)), batch, keys)
-        return {"loss": values.sum(), **dict(zip(terms, values, strict=True))}
+        by_name = dict(zip(terms, values, strict=True))
+        self._watch_terms(by_name, batch, keys)
+        return {"loss": values.sum(), **by_name}
 
     def _to_device(self, batch: dict) -> Batch:
         def move(x):

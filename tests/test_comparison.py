@@ -25,7 +25,7 @@ from nnunet_ssl.cli import main
 from nnunet_ssl.commands import execute
 from nnunet_ssl.comparison_table import case_values, comma_separated, latex, make_rows, markdown
 from nnunet_ssl.evaluation import METRICS
-from nnunet_ssl.pictures import TRAINERS, compare_cases
+from nnunet_ssl.pictures import COLOURS, compare_cases
 
 CASES = ("a", "b", "c")
 THREE = ("nnUNetTrainer", "nnUNetTrainerM3", "nnUNetTrainerM3HL")
@@ -534,7 +534,7 @@ def test_the_figure_shows_every_trainer_at_a_readable_size(tmp_path):
         pixels = image.imread(tmp_path / "figure.png")
         assert 700 <= pixels.shape[1] <= 1300
         assert 500 <= pixels.shape[0] <= 1000
-        for colour in TRAINERS[:number]:
+        for colour in COLOURS[:number]:
             near = np.abs(pixels[..., :3] - np.array(colors.to_rgb(colour))).max(-1) < 0.03
             assert near.sum() > 500
     assert [f.name for f in tmp_path.iterdir()] == ["figure.png"]
