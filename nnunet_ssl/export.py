@@ -15,7 +15,7 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ou
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
-from nnunet_ssl.trainer import CHECKPOINT_KEY, read_checkpoint
+from nnunet_ssl.checkpoints import CHECKPOINT_KEY, read_checkpoint
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
 NEEDED = ("plans.json", "dataset.json")

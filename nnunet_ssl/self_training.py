@@ -17,6 +17,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
+from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.dataset_json import channel_names, read_dataset_json
 from nnunet_ssl.preprocessing import (
     find_scans,
@@ -28,7 +29,6 @@ from nnunet_ssl.preprocessing import (
     worker_pool,
 )
 from nnunet_ssl.splits import read_fold, save_splits
-from nnunet_ssl.trainer import read_checkpoint
 
 
 def pseudo_label(

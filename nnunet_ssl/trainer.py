@@ -1,7 +1,6 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
 import io
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
@@ -24,7 +23,8 @@ from torch import Tensor, autocast, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_ssl import pseudo_labels
+from nnunet_ssl import checkpoints, pseudo_labels
+from nnunet_ssl.checkpoints import CHECKPOINT_KEY, CHECKPOINTS
 from nnunet_ssl.data import (
     Batch,
     LabeledDataLoader,
@@ -34,7 +34,6 @@ from nnunet_ssl.data import (
     find_unlabeled,
 )
 from nnunet_ssl.dataset_json import channel_names
-from nnunet_ssl.files import replacing
 from nnunet_ssl.monitoring import History, labeler, observe
 from nnunet_ssl.networks import average_gradients, unwrap
 from nnunet_ssl.nnunet_version import require_nnunet
@@ -45,12 +44,10 @@ from nnunet_ssl.preprocessing import (
     preprocessing_settings,
     unlabeled_folder,
 )
-from nnunet_ssl.random_state import get_random_state, seed_from_environment, set_random_state
+from nnunet_ssl.random_state import seed_from_environment, set_random_state
 from nnunet_ssl.schedules import sigmoid_rampup
 from nnunet_ssl.splits import CROSSVAL_FOLDS, check_fold, read_fold
 
-CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # in the order of --c
 NOT_FINITE_STEPS = 20  # steps in a row with the same term NaN or infinite, after which a training is stopped
 STOCK_SETTINGS = (  # nnU-Net sets these in __init__; as class attributes of a trainer they win
     "num_epochs",
@@ -603,46 +600,34 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
         # tensors that are shared between the entries are stored once
         states = {name: network.state_dict() for name, network in networks.items()}
-        lost = [name for name, state in states.items() if not all(t.isfinite().all() for t in state.values())]
-        if lost:
-            raise RuntimeError(
-                f"{filename} was not written, and stays as it was if it is there: weights of {' and '.join(lost)} are "
-                f"NaN or infinite in epoch {self.current_epoch}. Remove the cause and continue with --c."
-            )
+        checkpoints.require_finite(Path(filename), states, self.current_epoch)
         stock = io.BytesIO()
         super().save_checkpoint(stock)
         stock.seek(0)
         checkpoint = torch.load(stock, map_location="cpu", weights_only=False)
         deployed = unwrap(self.inference_network())
         name = next(name for name, network in networks.items() if network is deployed)
-        checkpoint["network_weights"] = states[name]
-        # the stock trainer's optimizer has one group: that of the first student
-        optimizer = checkpoint["optimizer_state"]
-        first = optimizer["param_groups"][0]
-        own = {number: state for number, state in optimizer["state"].items() if number in first["params"]}
-        checkpoint["optimizer_state"] = {"state": own, "param_groups": [first]}
-        checkpoint[CHECKPOINT_KEY] = {
-            "inference_network": name,
-            "step": self.step,
-            "optimizer": optimizer,
-            "student": states.pop("student"),
-            "companions": states,
-            "random_state": get_random_state(),
-        }
-        try:
-            with replacing(Path(filename)) as temporary:
-                torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:  # torch calls a full disk an "unexpected pos"
-            raise OSError(
-                f"{filename} could not be written ({error}). Is the disk full? An earlier checkpoint of this name is "
-                f"kept. Free some space and continue with --c."
-            ) from error
+        checkpoints.write(checkpoints.extended(checkpoint, states, name, self.step), Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
-        file, checkpoint = self._read_checkpoint(Path(filename_or_checkpoint))
-        self._refuse_misfit(file, checkpoint)
+        file, checkpoint, damaged = checkpoints.read_newest(Path(filename_or_checkpoint), self._continued)
+        if damaged:
+            self.print_to_log_file(
+                f"WARNING: cut off or damaged: {', '.join(damaged)}. Training continues from {file} instead, "
+                f"with epoch {checkpoint['current_epoch']}."
+            )
+        misfits = checkpoints.misfits(checkpoint, {"student": self.network, **vars(self.companions)})
+        if misfits:
+            arguments = checkpoint.get("init_args", {})
+            plans, configuration = arguments.get("plans", {}).get("plans_name"), arguments.get("configuration")
+            raise ValueError(
+                f"{file} is of {checkpoint.get('trainer_name')}, {plans}, {configuration}; its networks do not fit "
+                f"{type(self).__name__}, {self.plans_manager.plans_name}, {self.configuration_name} "
+                f"({', '.join(misfits)}). Continue with the trainer, plans and configuration that wrote it, or "
+                f"move the file away and start without --c."
+            )
         further = self.optimizer.param_groups[1:]
         del self.optimizer.param_groups[1:]
         super().load_checkpoint(str(file))
@@ -659,78 +644,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = state["step"]
         # it is rank 0's: the others would draw the same crops and masks
         self._resume_random_state = state["random_state"] if self.local_rank == 0 else None
-
-    def _read_checkpoint(self, file: Path) -> tuple[Path, dict]:
-        """The checkpoint, or, where it is damaged and a training is continued, the next one that --c would take.
-
-        Only damage counts: a file that cannot be opened for other reasons (rights, a network drive) raises OSError,
-        because the training would go on from an older state and write over the better one.
-        """
-        files = [file]
-        if self._continued and file.name in CHECKPOINTS:
-            later = CHECKPOINTS[CHECKPOINTS.index(file.name) + 1 :]
-            files += [file.with_name(name) for name in later if file.with_name(name).is_file()]
-        damaged = []
-        for candidate in files:
-            try:
-                checkpoint = read_checkpoint(candidate)
-            except ValueError:
-                damaged.append(str(candidate))
-                continue
-            if damaged:
-                epoch = checkpoint["current_epoch"]
-                self.print_to_log_file(
-                    f"WARNING: cut off or damaged: {', '.join(damaged)}. Training continues from {candidate} instead, "
-                    f"with epoch {epoch}."
-                )
-            return candidate, checkpoint
-        raise ValueError(
-            f"Cut off or damaged: {', '.join(damaged)}. Restore a backup, or remove what is named here and "
-            f"{'start the training again without --c' if self._continued else 'train again'}."
-        )
-
-    def _refuse_misfit(self, file: Path, checkpoint: dict) -> None:
-        """Refuses a checkpoint of other networks, before anything of it is loaded."""
-        ours = checkpoint.get(CHECKPOINT_KEY)
-        weights = {"student": checkpoint.get("network_weights", {})}
-        networks = {"student": self.network}
-        if ours is not None:
-            weights |= {"student": ours["student"], **ours["companions"]}
-            networks |= vars(self.companions)
-        misfits = [*(weights.keys() ^ networks.keys())]
-        for name in weights.keys() & networks.keys():
-            own = {key: tensor.shape for key, tensor in unwrap(networks[name]).state_dict().items()}
-            given = {key.removeprefix("module."): tensor.shape for key, tensor in weights[name].items()}
-            if own != given:
-                misfits.append(name)
-        if misfits:
-            arguments = checkpoint.get("init_args", {})
-            plans, configuration = arguments.get("plans", {}).get("plans_name"), arguments.get("configuration")
-            raise ValueError(
-                f"{file} is of {checkpoint.get('trainer_name')}, {plans}, {configuration}; its networks do not fit "
-                f"{type(self).__name__}, {self.plans_manager.plans_name}, {self.configuration_name} "
-                f"({', '.join(sorted(misfits))}). Continue with the trainer, plans and configuration that wrote it, or "
-                f"move the file away and start without --c."
-            )
-
-
-def read_checkpoint(file: Path) -> dict:
-    """A checkpoint of nnU-Net or of ours, on the CPU.
-
-    Raises: OSError where the file cannot be opened; ValueError that names it where it is damaged.
-    """
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-        # torch does not look at the checksums that it writes
-        damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
-        if "network_weights" in checkpoint and damaged is None:
-            return checkpoint
-        problem = "no network_weights in it" if damaged is None else f"wrong checksum of {damaged}"
-    except OSError:
-        raise
-    except Exception as error:  # torch and pickle raise anything for a damaged file
-        problem = str(error).partition("\n")[0]
-    raise ValueError(f"{file} is cut off or damaged ({problem}). Restore a backup, or train again.")
 
 
 def _augmenter(loader, workers: int, cached: int, device: torch.device):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training import every_trainer, make_trainer, seed
 
-from nnunet_ssl.trainer import CHECKPOINT_KEY
+from nnunet_ssl.checkpoints import CHECKPOINT_KEY
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(

@@ -18,9 +18,10 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 from training import make_trainer, seed
 
+from nnunet_ssl.checkpoints import CHECKPOINT_KEY
 from nnunet_ssl.monitoring import NAMES
 from nnunet_ssl.networks import frozen_copy, logits
-from nnunet_ssl.trainer import CHECKPOINT_KEY, SemiSupervisedTrainer, epoch_variants
+from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 

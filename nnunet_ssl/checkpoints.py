@@ -1,0 +1,131 @@
+"""Checkpoint files: nnU-Net's, with everything of ours under one key, written at once and read with care."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ssl.files import replacing
+from nnunet_ssl.networks import unwrap
+from nnunet_ssl.random_state import get_random_state
+
+CHECKPOINT_KEY = "nnunet_ssl"  # everything of ours in nnU-Net's checkpoint lies under this one key
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # in the order of --c
+
+
+def require_finite(file: Path, states: dict[str, dict[str, Tensor]], epoch: int) -> None:
+    """Raises RuntimeError, which names the networks, where weights that `file` would get are NaN or infinite."""
+    lost = [name for name, state in states.items() if not all(tensor.isfinite().all() for tensor in state.values())]
+    if lost:
+        raise RuntimeError(
+            f"{file} was not written, and stays as it was if it is there: weights of {' and '.join(lost)} are "
+            f"NaN or infinite in epoch {epoch}. Remove the cause and continue with --c."
+        )
+
+
+def extended(stock: dict, states: dict[str, dict[str, Tensor]], deployed: str, step: int) -> dict:
+    """nnU-Net's checkpoint with ours: the stock trainer loads it, and predicts with the deployed network.
+
+    Args:
+        stock: as nnU-Net writes it; changed in place.
+        states: weights of "student" and of every companion.
+        deployed: which of them becomes nnU-Net's "network_weights".
+        step: optimizer steps taken.
+
+    Returns:
+        `stock`.
+    """
+    stock["network_weights"] = states[deployed]
+    # the stock trainer's optimizer has one group: that of the first student
+    optimizer = stock["optimizer_state"]
+    first = optimizer["param_groups"][0]
+    own = {number: state for number, state in optimizer["state"].items() if number in first["params"]}
+    stock["optimizer_state"] = {"state": own, "param_groups": [first]}
+    stock[CHECKPOINT_KEY] = {
+        "inference_network": deployed,
+        "step": step,
+        "optimizer": optimizer,
+        "student": states["student"],
+        "companions": {name: state for name, state in states.items() if name != "student"},
+        "random_state": get_random_state(),
+    }
+    return stock
+
+
+def write(checkpoint: dict, file: Path) -> None:
+    """Writes a checkpoint as a whole or not at all; OSError names a file that cannot be written."""
+    try:
+        with replacing(file) as temporary:
+            torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk an "unexpected pos"
+        raise OSError(
+            f"{file} could not be written ({error}). Is the disk full? An earlier checkpoint of this name is "
+            f"kept. Free some space and continue with --c."
+        ) from error
+
+
+def read_checkpoint(file: Path) -> dict:
+    """A checkpoint of nnU-Net or of ours, on the CPU.
+
+    Raises: OSError where the file cannot be opened; ValueError that names it where it is damaged.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        # torch does not look at the checksums that it writes
+        damaged = zipfile.ZipFile(file).testzip() if zipfile.is_zipfile(file) else None
+        if "network_weights" in checkpoint and damaged is None:
+            return checkpoint
+        problem = "no network_weights in it" if damaged is None else f"wrong checksum of {damaged}"
+    except OSError:
+        raise
+    except Exception as error:  # torch and pickle raise anything for a damaged file
+        problem = str(error).partition("\n")[0]
+    raise ValueError(f"{file} is cut off or damaged ({problem}). Restore a backup, or train again.")
+
+
+def read_newest(file: Path, continued: bool) -> tuple[Path, dict, list[str]]:
+    """The checkpoint, or, where it is damaged and a training is continued, the next one that --c would take.
+
+    Only damage counts: a file that cannot be opened for other reasons (rights, a network drive) raises OSError,
+    because the training would go on from an older state and write over the better one.
+
+    Returns:
+        The file that was read, the checkpoint, and the damaged files before it. ValueError where all are damaged.
+    """
+    files = [file]
+    if continued and file.name in CHECKPOINTS:
+        later = CHECKPOINTS[CHECKPOINTS.index(file.name) + 1 :]
+        files += [file.with_name(name) for name in later if file.with_name(name).is_file()]
+    damaged = []
+    for candidate in files:
+        try:
+            return candidate, read_checkpoint(candidate), damaged
+        except ValueError:
+            damaged.append(str(candidate))
+    raise ValueError(
+        f"Cut off or damaged: {', '.join(damaged)}. Restore a backup, or remove what is named here and "
+        f"{'start the training again without --c' if continued else 'train again'}."
+    )
+
+
+def misfits(checkpoint: dict, networks: dict[str, nn.Module]) -> list[str]:
+    """Names of the networks that only one side has, or whose weights have other names or shapes.
+
+    Args:
+        checkpoint: of ours, or nnU-Net's own, which is compared with "student" alone.
+        networks: "student" and the companions, wrapped or not.
+    """
+    ours = checkpoint.get(CHECKPOINT_KEY)
+    if ours is None:
+        weights = {"student": checkpoint.get("network_weights", {})}
+        networks = {"student": networks["student"]}
+    else:
+        weights = {"student": ours["student"], **ours["companions"]}
+    different = [*(weights.keys() ^ networks.keys())]
+    for name in weights.keys() & networks.keys():
+        own = {key: tensor.shape for key, tensor in unwrap(networks[name]).state_dict().items()}
+        given = {key.removeprefix("module."): tensor.shape for key, tensor in weights[name].items()}
+        if own != given:
+            different.append(name)
+    return sorted(different)
