@@ -155,7 +155,7 @@ def record(args, run: list[str], metrics: dict[str, list[float]]) -> None:
 
 
 def table(title: str, rows: list[list[str]]) -> str:
-    """One line per run, few labels first."""
+    """One line per run, few labels first; then one line per trainer that was trained with several seeds."""
     groups: dict[tuple, list] = {}
     for row in rows:
         # runs of before the distances were measured have the Dice only
@@ -168,13 +168,33 @@ def table(title: str, rows: list[list[str]]) -> str:
         "| trainer | labeled | network | steps | seed | Dice mean | sd over cases | worst case | HD95 | ASD |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    seeds: dict[tuple, list] = {}
     for run, cases in sorted(groups.items(), key=lambda group: (int(group[0][2]), group[0][0], group[0][3:])):
         trainer, _, labeled, network, steps, seed = run
         dice, hd95, asd = zip(*cases, strict=True)
         figures = f"{statistics.mean(dice):.2f} | {statistics.stdev(dice):.2f} | {min(dice):.2f}"
-        distances = " | ".join("" if math.isnan(m) else f"{m:.2f}" for m in map(statistics.mean, (hd95, asd)))
-        lines.append(f"| {trainer} | {labeled} | {network} | {steps} | {seed} | {figures} | {distances} |")
+        lines.append(f"| {trainer} | {labeled} | {network} | {steps} | {seed} | {figures} | {_distances(hd95, asd)} |")
+        means = [statistics.mean(metric) for metric in (dice, hd95, asd)]
+        seeds.setdefault((trainer, labeled, network, steps), []).append((seed, *means))
+    lines += [
+        "",
+        "Where there are several seeds: mean over them, and the Dice of every one.",
+        "",
+        "| trainer | labeled | network | steps | seeds | Dice mean | sd over seeds | Dice of each | HD95 | ASD |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run, runs in seeds.items():
+        if len(runs) > 1:
+            number, dice, hd95, asd = zip(*runs, strict=True)
+            figures = (
+                f"{statistics.mean(dice):.2f} | {statistics.stdev(dice):.2f} | {', '.join(f'{d:.2f}' for d in dice)}"
+            )
+            lines.append(f"| {' | '.join(run)} | {', '.join(number)} | {figures} | {_distances(hd95, asd)} |")
     return "\n".join(lines) + "\n"
+
+
+def _distances(*metrics: tuple[float, ...]) -> str:
+    return " | ".join("" if math.isnan(m) else f"{m:.2f}" for m in map(statistics.mean, metrics))
 
 
 def main() -> None:
