@@ -1,6 +1,7 @@
 """What a training does, epoch by epoch, as a table and a picture: a falling loss alone proves nothing."""
 
 import csv
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -8,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import style
@@ -61,7 +63,7 @@ def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor 
     with ExitStack() as stack:
         stack.enter_context(autocast("cuda") if trainer.device.type == "cuda" else nullcontext())
         for network in {student, other}:
-            stack.enter_context(_evaluating(network))
+            stack.enter_context(evaluating(network))
         if has_stages(student):
             output, skips = forward_with_features(student, patches)
             own, features = (output[0] if isinstance(output, list) else output), skips[-1]
@@ -107,8 +109,20 @@ def foreground(logits: Tensor, regions: bool) -> Tensor:
     return (hard_labels(logits, regions=regions) > 0).any(1)
 
 
+def mean_dice(counts: list[dict[str, np.ndarray]]) -> float:
+    """Dice of the summed counts that nnU-Net's validation steps return, mean over classes or regions.
+
+    NaN where no class is in any batch, neither in labels nor in predictions.
+    """
+    tp, fp, fn = (np.sum([step[key] for step in counts], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+    total = 2 * tp + fp + fn
+    dice = 2 * tp[total > 0] / total[total > 0]
+    return float(dice.mean()) if len(dice) else math.nan
+
+
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every part in the mode in which it was."""
     modes = [(module, module.training) for module in network.modules()]  # a part may be in another mode on purpose
     network.eval()
     try:
@@ -173,30 +187,39 @@ class History:
 
 
 def draw(columns: dict[str, tuple[float, ...]], other: str) -> Figure:
-    """Four panels over the epochs: loss terms; agreement, confidence and ramp-up; foreground; distance of features.
+    """Panels over the epochs: loss terms; Dice; agreement, confidence and ramp-up; foreground; distance of features.
 
     Args:
         columns: those of losses.csv, by name.
         other: name of the network that makes the pseudo labels.
     """
     epochs = columns["epoch"]
-    terms = {name: values for name, values in columns.items() if name not in ("epoch", *NAMES)}
+    dice = {name: values for name, values in columns.items() if name.startswith("dice_")}
+    terms = {name: values for name, values in columns.items() if name not in ("epoch", *NAMES, *dice)}
     named = {name: (text.format(other=other), columns.get(name)) for name, text in NAMES.items()}
     panels = [
         ("loss terms, weighted", "loss", terms),
+        (
+            "networks on a few validation patches",
+            "mean Dice",
+            {name.removeprefix("dice_").replace("_", " "): values for name, values in dice.items()},
+        ),
         ("pseudo labels on unlabeled patches", "0 to 1", _there(named, "agreement", "pseudo_confidence", "ramp")),
         ("foreground", "part of the voxels (%)", _there(named, "labeled_foreground", "pseudo_foreground", factor=100)),
         ("bottleneck features of the student", "1 - cosine", _there(named, "feature_distance")),
     ]
-    figure = Figure(figsize=(11, 7.5))
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.07, top=0.95, wspace=0.18, hspace=0.3)
-    for axis, (title, label, lines) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    figure = Figure(figsize=(16, 7.5))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.07, top=0.95, wspace=0.18, hspace=0.3)
+    *axes, spare = figure.subplots(2, 3).flat
+    spare.remove()
+    for axis, (title, label, lines) in zip(axes, panels, strict=True):
         _lines(axis, epochs, lines)
         axis.set(title=title, xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if label != "loss":
             axis.set_ylim(bottom=0)
-    figure.axes[1].set_ylim(0, 1.02)
+    for axis in figure.axes[1:3]:
+        axis.set_ylim(0, 1.02)
     return figure
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from nnunet_ssl.data import (
     find_unlabeled,
 )
 from nnunet_ssl.dataset_json import channel_names
-from nnunet_ssl.monitoring import History, labeler, observe
+from nnunet_ssl.monitoring import History, evaluating, labeler, mean_dice, observe
 from nnunet_ssl.networks import average_gradients, unwrap
 from nnunet_ssl.nnunet_version import require_nnunet
 from nnunet_ssl.preprocessing import (
@@ -48,6 +49,8 @@ from nnunet_ssl.random_state import seed_from_environment, set_random_state
 from nnunet_ssl.schedules import sigmoid_rampup
 from nnunet_ssl.splits import CROSSVAL_FOLDS, check_fold, read_fold
 
+COMPARED_BATCHES = 10  # of the validation batches of an epoch, on which the Dice of every network is taken
+LAGGING = 0.05  # Dice by which a teacher may be below every student without a warning
 NOT_FINITE_STEPS = 20  # steps in a row with the same term NaN or infinite, after which a training is stopped
 STOCK_SETTINGS = (  # nnU-Net sets these in __init__; as class attributes of a trainer they win
     "num_epochs",
@@ -162,7 +165,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 setattr(self, name, getattr(type(self), name))
         self.step = 0
         self.companions = SimpleNamespace()
+        self._losses: dict[str, float] = {}  # means of the epoch
         self._observations: dict = {}  # of the epoch's last batch
+        self._overlaps: dict[str, list[dict]] = {}  # network to what nnU-Net counted on the compared batches
         self._resume_random_state = None
         self._not_finite: dict[str, int] = {}  # loss term to the steps in a row in which it was not finite
         self._foreground, self._pseudo_labels = 0.0, 0  # of this epoch: sum of shares, and how many there were
@@ -535,6 +540,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         companions = vars(self.companions).values()
         return [self.network, *(c for c in companions if any(p.requires_grad for p in c.parameters()))]
 
+    def segmenting_networks(self) -> dict[str, nn.Module]:
+        """The student, and the companions that are called student or teacher: others need not segment."""
+        companions = vars(self.companions).items()
+        return {"student": self.network} | {n: c for n, c in companions if n.startswith(("student", "teacher"))}
+
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         self._warn_of_empty_pseudo_labels()
@@ -548,17 +558,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, means)
             means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
-        if self.local_rank != 0:
-            return
         self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-        observations = {name: float(value) for name, value in self._observations.items()}
-        for logger in self.logger.loggers:  # Weights & Biases, where nnU-Net has it enabled
-            for name, value in means.items():
-                logger.log(f"losses/{name}", value, self.current_epoch)
-            for name, value in observations.items():
-                logger.log(f"semi_supervised/{name}", value, self.current_epoch)
-        self.history.append(self.current_epoch, means, observations)
-        self.history.draw(last=self.current_epoch == self.num_epochs - 1)
+        self._losses = means
 
     def on_epoch_end(self) -> None:
         super().on_epoch_end()
@@ -571,24 +572,67 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ---- validation with the deployed network ----
 
     @contextmanager
-    def _deployed(self) -> Iterator[None]:
+    def _standing_in(self, network: nn.Module) -> Iterator[None]:
         student = self.network
-        self.network = self.inference_network()
+        self.network = network
         try:
             yield
         finally:
             self.network = student
 
     def on_validation_epoch_start(self) -> None:
-        with self._deployed():
+        self._overlaps = {}
+        with self._standing_in(self.inference_network()):
             super().on_validation_epoch_start()
 
     def validation_step(self, batch: dict) -> dict:
-        with self._deployed():
-            return super().validation_step(batch)
+        deployed = self.inference_network()
+        networks = self.segmenting_networks()
+        compared = len(networks) > 1 and len(self._overlaps.get("student", ())) < COMPARED_BATCHES
+        original = deepcopy(batch["target"]) if compared else None  # nnU-Net overwrites ignored voxels
+        with self._standing_in(deployed):
+            outputs = super().validation_step(batch)
+        for name, network in networks.items() if compared else ():
+            counts = outputs
+            if network is not deployed:
+                with self._standing_in(network), evaluating(network):
+                    counts = super().validation_step({**batch, "target": deepcopy(original)})
+            self._overlaps.setdefault(name, []).append(counts)
+        return outputs
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        ranks = [self._overlaps]
+        if self.is_ddp:
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, self._overlaps)
+        dice = {name: mean_dice([counts for rank in ranks for counts in rank[name]]) for name in self._overlaps}
+        if self.local_rank != 0:
+            return
+        self._warn_of_lagging_teachers(dice)
+        observations = {name: float(value) for name, value in self._observations.items()}
+        observations |= {f"dice_{name}": value for name, value in dice.items()}
+        for logger in self.logger.loggers:  # Weights & Biases, where nnU-Net has it enabled
+            for name, value in self._losses.items():
+                logger.log(f"losses/{name}", value, self.current_epoch)
+            for name, value in observations.items():
+                logger.log(f"semi_supervised/{name}", value, self.current_epoch)
+        self.history.append(self.current_epoch, self._losses, observations)
+        self.history.draw(last=self.current_epoch == self.num_epochs - 1)
+
+    def _warn_of_lagging_teachers(self, dice: dict[str, float]) -> None:
+        if self.current_epoch < self.num_epochs / 10:  # a moving average lags behind at first
+            return
+        worst = min((value for name, value in dice.items() if name.startswith("student")), default=0.0)
+        for name, value in dice.items():
+            if name.startswith("teacher") and value < worst - LAGGING:
+                self.print_to_log_file(
+                    f"WARNING: on validation patches the {name.replace('_', ' ')} has a Dice of {value:.3f}, every "
+                    f"student {worst:.3f} or more: its labels hold the students back."
+                )
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with self._deployed():
+        with self._standing_in(self.inference_network()):
             super().perform_actual_validation(save_probabilities)
 
     # ---- checkpoints ----

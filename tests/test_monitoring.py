@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from equations import CLASSES, EVERY_KIND, started
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import every_trainer, make_trainer, seed
 
 from nnunet_ssl import monitoring
-from nnunet_ssl.monitoring import NAMES, History, draw, labeler, observe
+from nnunet_ssl.monitoring import NAMES, History, draw, labeler, mean_dice, observe
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
@@ -149,7 +150,7 @@ def test_every_epoch_has_its_row_and_the_training_its_picture(trainer_class, tin
     # as the networks change, so do the observations
     assert len({row["feature_distance"] for row in rows}) == 3
     with Image.open(Path(trainer.output_folder) / "semi_supervised.png") as picture:
-        assert picture.size == (1100, 750)
+        assert picture.size == (1600, 750)
 
 
 def test_the_step_has_no_observations_but_the_last_of_an_epoch(tiny_dataset, monkeypatch):
@@ -168,6 +169,69 @@ def test_collapsed_features_have_no_distance(tiny_dataset):
     torch.nn.init.zeros_(norm.weight)
     torch.nn.init.ones_(norm.bias)
     assert float(observe(trainer, CLASSES.random_batch(2))["feature_distance"]) == pytest.approx(0, abs=1e-5)
+
+
+# ---- Dice of every network ----
+
+
+@every
+def test_every_network_has_its_dice_on_validation_batches(trainer_class, tiny_dataset):
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, num_val_iterations_per_epoch=3)
+    trainer.run_training()
+    names = ["student", *vars(trainer.companions)]
+    rows = read(trainer)
+    assert [name for name in rows[0] if name.startswith("dice_")] == [f"dice_{name}" for name in names]
+    deployed = [float(row["dice_student"]) for row in rows]
+    assert trainer.inference_network() is trainer.network
+    assert deployed == pytest.approx(trainer.logger.get_value("mean_fg_dice", step=None))
+    assert len({rows[-1][f"dice_{name}"] for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("deployed", ["student", "teacher"])
+def test_the_dice_of_every_network_is_that_of_its_predictions(labels, labels_dataset, deployed, monkeypatch):
+    trainer = started(nnUNetTrainerMeanTeacher, labels_dataset)
+    networks = {"student": trainer.network, "teacher": trainer.companions.teacher}
+    monkeypatch.setattr(trainer, "inference_network", lambda: networks[deployed])
+    trainer.history.append = lambda epoch, losses, observations: rows.append(observations)
+    trainer.history.draw = lambda last: None
+    rows, batches = [], [labels.random_batch(2) for _ in range(12)]
+    modes = [module.training for module in networks["teacher"].modules()]
+    trainer.on_validation_epoch_start()
+    outputs = []
+    with torch.no_grad():
+        for batch in batches:
+            outputs.append(trainer.validation_step({"data": batch.image, "target": batch.target.clone()}))
+        trainer.on_validation_epoch_end(outputs)
+    first = 0 if labels.regions else 1
+    for name, network in networks.items():
+        twice = total = 0
+        for batch in batches[:10]:  # nnU-Net's own Dice is of all
+            found = labels.truth(labels.hard(network(batch.image)))[:, first:]
+            truth, counts = labels.truth(batch.target)[:, first:], labels.annotated(batch.target)
+            twice = twice + (2 * found * truth * counts).sum((0, 2, 3, 4))
+            total = total + ((found + truth) * counts).sum((0, 2, 3, 4))
+        assert rows[0][f"dice_{name}"] == pytest.approx((twice / total).mean().item(), rel=1e-5)
+    assert rows[0]["dice_student"] != rows[0]["dice_teacher"]
+    if deployed == "student":
+        assert [module.training for module in networks["teacher"].modules()] == modes
+
+
+def test_classes_that_are_nowhere_have_no_dice():
+    def counts(*values):
+        return {key: np.array(value) for key, value in zip(("tp_hard", "fp_hard", "fn_hard"), values, strict=True)}
+
+    nowhere = counts([0, 0], [0, 0], [0, 0])
+    assert math.isnan(mean_dice([nowhere]))
+    assert mean_dice([nowhere, counts([2, 0], [1, 0], [1, 0]), counts([1, 0], [0, 0], [0, 0])]) == pytest.approx(6 / 8)
+
+
+@pytest.mark.parametrize(("epoch", "teacher", "warned"), [(5, 0.74, True), (5, 0.76, False), (0, 0.1, False)])
+def test_a_teacher_below_every_student_is_told(epoch, teacher, warned, tiny_dataset, capsys):
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, num_epochs=10, current_epoch=epoch)
+    trainer._warn_of_lagging_teachers({"student": 0.9, "student_2": 0.8, "teacher": teacher})
+    assert ("WARNING: on validation patches the teacher has a Dice of 0.740" in capsys.readouterr().out) == warned
 
 
 # ---- the table and the picture ----
@@ -231,18 +295,25 @@ def test_the_picture_has_its_own_fonts(tmp_path, monkeypatch):
 
 def test_every_column_is_in_the_picture_with_names_and_units():
     columns = {"epoch": (0.0, 1.0), "loss": (1.0, 0.5), "low": (0.1, 0.2)} | dict.fromkeys(NAMES, (0.5, math.nan))
+    columns |= dict.fromkeys(("dice_student", "dice_student_2"), (0.5, 0.6))
     figure = draw(columns, "student 2")
     shown = {line.get_label() for axis in figure.axes for line in axis.lines}
-    assert shown == {"loss", "low", *(text.format(other="student 2") for text in NAMES.values())}
+    assert shown == {
+        "loss",
+        "low",
+        "student",
+        "student 2",
+        *(text.format(other="student 2") for text in NAMES.values()),
+    }
     assert "Dice of student 2 and student" in shown
     looks = [{(line.get_color(), line.get_linestyle()) for line in axis.lines} for axis in figure.axes]
-    assert [len(look) for look in looks] == [len(axis.lines) for axis in figure.axes] == [2, 3, 2, 1]
+    assert [len(look) for look in looks] == [len(axis.lines) for axis in figure.axes] == [2, 2, 3, 2, 1]
     for axis in figure.axes:
         assert axis.get_title()
         assert axis.get_xlabel() == "epoch"
         assert axis.get_ylabel()
         assert axis.get_legend() is not None
-    assert figure.axes[2].lines[0].get_ydata()[0] == 50  # percent
+    assert figure.axes[3].lines[0].get_ydata()[0] == 50  # percent
 
 
 def test_a_method_with_many_terms_has_as_many_looks():
