@@ -33,6 +33,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
@@ -59,11 +60,19 @@ def add_configuration(dataset: str, protocol: str) -> str:
     return name
 
 
-def train(args, dataset: str, configuration: str, trainer_name: str, name: str, fold: int) -> Path:
+def model_name(args, trainer: str) -> str:
+    """What the model's folder is called instead of the trainer."""
+    suffix = "".join(f"-{key}={value}" for key, value in args.settings.items())
+    start = f"-after={args.after}" if args.after else ""
+    run = f"-{args.steps}-seed={args.seed}" if args.steps != 4000 or args.seed else ""
+    return trainer + suffix + start + run + "-bf16" * args.bf16
+
+
+def train(args, dataset: str, configuration: str, trainer_name: str, fold: int) -> Path:
     """Trains unless it is done already; returns the fold's folder."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
-    folder = Path(nnUNet_results) / dataset / f"{name}__nnUNetPlans__{configuration}"
+    folder = model_folder(args, dataset, configuration, trainer_name)
     trainer = get_trainer_from_args(dataset, configuration, fold, trainer_name, device=torch.device(args.device))
     trainer.num_iterations_per_epoch = 250
     trainer.num_epochs = args.steps // 250
@@ -79,8 +88,17 @@ def train(args, dataset: str, configuration: str, trainer_name: str, name: str, 
     if args.bf16:
         use_bf16(trainer)
     if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file():
+        if args.after:  # as with nnUNetv2_train -pretrained_weights
+            earlier = SimpleNamespace(**{**vars(args), "settings": {}, "after": None})
+            weights = model_folder(earlier, dataset, configuration, args.after) / f"fold_{fold}"
+            trainer.initialize()
+            load_pretrained_weights(trainer.network, str(weights / "checkpoint_final.pth"))
         trainer.run_training()
     return folder / f"fold_{fold}"
+
+
+def model_folder(args, dataset: str, configuration: str, trainer: str) -> Path:
+    return Path(nnUNet_results) / dataset / f"{model_name(args, trainer)}__nnUNetPlans__{configuration}"
 
 
 def use_bf16(trainer) -> None:
@@ -208,12 +226,12 @@ def main() -> None:
     parser.add_argument(
         "--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help="trainer attributes"
     )
+    parser.add_argument("--after", metavar="TRAINER", help="start from the weights of this trainer's model of the fold")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast; for CPUs that have it")
     args = parser.parse_args()
     pairs = [setting.split("=", 1) for setting in args.settings]
-    suffix = "".join(f"-{key}={value}" for key, value in pairs)
     args.settings = {key: _literal(value) for key, value in pairs}
     torch.set_num_threads(args.threads)
 
@@ -222,17 +240,14 @@ def main() -> None:
     splits = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())
     for fold in args.folds:
         for trainer in args.trainers:
-            name = trainer + suffix
-            if args.steps != 4000 or args.seed:
-                name += f"-{args.steps}-seed={args.seed}"
-            if args.bf16:
-                name += "-bf16"
-            folder = train(args, dataset, configuration, trainer, name, fold)
+            name = model_name(args, trainer)
+            folder = train(args, dataset, configuration, trainer, fold)
             for network, checkpoint in checkpoints(folder).items():
                 metrics = predict(args, dataset, configuration, name, fold, checkpoint)
                 labeled = set(splits[fold]["train"]) - set(provenance(dataset).get("cases", []))
-                shown = f"self-training, {trainer}" if provenance(dataset) else trainer
-                run = [shown + suffix, fold, len(labeled), network, args.steps, args.seed]
+                plain = SimpleNamespace(**{**vars(args), "steps": 4000, "seed": 0, "bf16": False})
+                shown = f"self-training, {trainer}" if provenance(dataset) else model_name(plain, trainer)
+                run = [shown, fold, len(labeled), network, args.steps, args.seed]
                 record(args, [str(value) for value in run], metrics)
                 dice = statistics.mean(values[0] for values in metrics.values())
                 print(f"{name}, fold {fold}, {network}: Dice {dice:.2f}", flush=True)
