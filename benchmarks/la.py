@@ -61,12 +61,16 @@ def add_configuration(dataset: str, protocol: str) -> str:
     return name
 
 
+def variant(args, trainer: str) -> str:
+    """The trainer with its settings and what it starts from."""
+    suffix = "".join(f"-{key}={value}" for key, value in args.settings.items())
+    return trainer + suffix + (f"-after={args.after}" if args.after else "")
+
+
 def model_name(args, trainer: str) -> str:
     """What the model's folder is called instead of the trainer."""
-    suffix = "".join(f"-{key}={value}" for key, value in args.settings.items())
-    start = f"-after={args.after}" if args.after else ""
     run = f"-{args.steps}-seed={args.seed}" if args.steps != 4000 or args.seed else ""
-    return trainer + suffix + start + run + "-bf16" * args.bf16
+    return variant(args, trainer) + run + "-bf16" * args.bf16
 
 
 def train(args, dataset: str, configuration: str, trainer_name: str, fold: int) -> Path:
@@ -246,8 +250,7 @@ def main() -> None:
             for network, checkpoint in checkpoints(folder).items():
                 metrics = predict(args, dataset, configuration, name, fold, checkpoint)
                 labeled = set(splits[fold]["train"]) - set(provenance(dataset).get("cases", []))
-                plain = SimpleNamespace(**{**vars(args), "steps": 4000, "seed": 0, "bf16": False})
-                shown = f"self-training, {trainer}" if provenance(dataset) else model_name(plain, trainer)
+                shown = "self-training, " * bool(provenance(dataset)) + variant(args, trainer)
                 run = [shown, fold, len(labeled), network, args.steps, args.seed]
                 record(args, [str(value) for value in run], metrics)
                 dice = statistics.mean(values[0] for values in metrics.values())
