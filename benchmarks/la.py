@@ -113,7 +113,7 @@ def model_folder(args, dataset: str, configuration: str, trainer: str) -> Path:
 
 
 def use_channels_last(trainer) -> None:
-    """Keeps weights in the memory format whose convolutions are a quarter faster on a CPU; results differ by rounding."""
+    """Weights in the memory format whose convolutions are a quarter faster on a CPU; results differ by rounding."""
     initialize = trainer.initialize
 
     def initialize_channels_last():

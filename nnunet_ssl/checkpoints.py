@@ -1,10 +1,13 @@
 """Checkpoint files: nnU-Net's, with everything of ours under one key, written at once and read with care."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nnunet_ssl.files import replacing
 from nnunet_ssl.networks import unwrap
@@ -16,7 +19,7 @@ CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best
 
 def require_finite(file: Path, states: dict[str, dict[str, Tensor]], epoch: int) -> None:
     """Raises RuntimeError, which names the networks, where weights that `file` would get are NaN or infinite."""
-    lost = [name for name, state in states.items() if not all(tensor.isfinite().all() for tensor in state.values())]
+    lost = [name for name, state in states.items() if not all(is_finite(tensor) for tensor in state.values())]
     if lost:
         raise RuntimeError(
             f"{file} was not written, and stays as it was if it is there: weights of {' and '.join(lost)} are "
@@ -24,12 +27,29 @@ def require_finite(file: Path, states: dict[str, dict[str, Tensor]], epoch: int)
         )
 
 
-def extended(stock: dict, states: dict[str, dict[str, Tensor]], deployed: str, step: int) -> dict:
+def is_finite(tensor: Tensor) -> bool:
+    # a finite sum has finite terms only, and needs no memory; the sum of finite ones may be infinite
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+@contextmanager
+def without_states(network: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """In the block, `state_dict()` of both is empty: what nnU-Net writes then is small, and has all its other keys."""
+    hooks = [owner.register_state_dict_post_hook(lambda _, state, *__: state.clear()) for owner in (network, optimizer)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def extended(stock: dict, states: dict[str, dict[str, Tensor]], optimizer: dict, deployed: str, step: int) -> dict:
     """nnU-Net's checkpoint with ours: the stock trainer loads it, and predicts with the deployed network.
 
     Args:
-        stock: as nnU-Net writes it; changed in place.
+        stock: as nnU-Net writes it, with or without weights and optimizer state; changed in place.
         states: weights of "student" and of every companion.
+        optimizer: state of the optimizer of all that are trained.
         deployed: which of them becomes nnU-Net's "network_weights".
         step: optimizer steps taken.
 
@@ -38,7 +58,6 @@ def extended(stock: dict, states: dict[str, dict[str, Tensor]], deployed: str, s
     """
     stock["network_weights"] = states[deployed]
     # the stock trainer's optimizer has one group: that of the first student
-    optimizer = stock["optimizer_state"]
     first = optimizer["param_groups"][0]
     own = {number: state for number, state in optimizer["state"].items() if number in first["params"]}
     stock["optimizer_state"] = {"state": own, "param_groups": [first]}

@@ -322,10 +322,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
     sub.add_argument(
         "--protocol",
-        choices=["strict", "literature"],
+        choices=["strict", "la-literature", "acdc-literature"],
         default="strict",
-        help="strict: distances in mm, undefined where a mask is empty; literature, as in published tables: in voxels, "
-        "the largest component of every label, 0 where the prediction is empty",
+        help="strict (default): distances in mm, undefined where a mask is empty. As in published tables, in voxels "
+        "and 0 where the prediction is empty: la-literature (test_3d_patch.py of BCP, SS-Net, M3HL), only the largest "
+        "component of every label; acdc-literature (test_ACDC.py of BCP, SS-Net, MC-Net), all components",
     )
 
     sub = command("preview", _preview, "Draw one training batch as the method sees it, with what it mixes.")

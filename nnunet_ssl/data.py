@@ -1,5 +1,6 @@
 """The unlabeled stream: which scans it has, how they are read and augmented, and the batch that a method sees."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import blosc2
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
@@ -17,11 +19,21 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from nnunetv2 import paths
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nnunet_ssl.preprocessing import exit_with_parent, finished_cases, unlabeled_folder
+from nnunet_ssl.dataset_json import read_dataset_json
+from nnunet_ssl.preprocessing import (
+    exit_with_parent,
+    finished_cases,
+    load_plans,
+    preprocessing_settings,
+    unlabeled_folder,
+)
+from nnunet_ssl.splits import read_splits
 
 GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
@@ -50,6 +62,14 @@ class Batch:
         """The target at full resolution."""
         return self.target[0] if isinstance(self.target, list) else self.target
 
+    def rolled(self, shift: int) -> "Batch":
+        """The same batch beginning with sample `shift` (modulo B), the earlier ones at its end."""
+
+        def roll(x):
+            return [roll(scale) for scale in x] if isinstance(x, list) else None if x is None else x.roll(-shift, 0)
+
+        return Batch(**{name: roll(value) for name, value in vars(self).items()}) if shift % len(self.image) else self
+
 
 class UnlabeledDataset:
     """Preprocessed images without anything that was derived from a label.
@@ -58,10 +78,12 @@ class UnlabeledDataset:
 
     Args:
         files: case identifier to its preprocessed image; nothing is opened here.
+        predicted: case identifier to the file with its predicted class locations, see `predicted_foreground`.
     """
 
-    def __init__(self, files: dict[str, Path]):
+    def __init__(self, files: dict[str, Path], predicted: dict[str, Path] | None = None):
         self.files = files
+        self.predicted = predicted or {}
         self.identifiers = sorted(files)
 
     def __len__(self) -> int:
@@ -72,6 +94,19 @@ class UnlabeledDataset:
         # memory maps fail on Windows, as nnU-Net notes in its own dataset class
         mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
         return blosc2.open(urlpath=str(self.files[identifier]), mode="r", dparams={"nthreads": 1}, **mmap)
+
+    def class_locations(self, identifier: str) -> dict | None:
+        """Where a model found which class, as nnU-Net has it; None where it has not looked at this case."""
+        file = self.predicted.get(identifier)
+        if file is None:
+            return None
+        try:
+            return load_pickle(str(file))["class_locations"]
+        except Exception as error:  # pickle raises anything for a damaged file
+            raise RuntimeError(
+                f"{file} is missing or damaged ({error}). Run nnUNetv2_preprocess for its dataset again, then continue "
+                f"the training with --c."
+            ) from error
 
 
 def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, BasicTransform, BasicTransform]:
@@ -99,6 +134,9 @@ def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, Bas
 class UnlabeledDataLoader(nnUNetDataLoader):
     """Random crops of unlabeled images: nnU-Net's loader without anything that a label decides.
 
+    Where the dataset has predicted class locations, the last crops of a batch are centred on predicted foreground, as
+    those of the labeled images on foreground.
+
     Args:
         dataset: the unlabeled images.
         batch_size: crops per batch.
@@ -106,10 +144,13 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         final_patch_size: size of the crop that the network sees.
         transforms: nnU-Net's training transforms of the labeled stream.
         weak_view: also give every crop with spatial augmentation only.
+        sampling: nnU-Net's settings of the oversampling.
     """
 
-    def __init__(self, dataset, batch_size, patch_size, final_patch_size, label_manager, transforms, weak_view):
-        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager)
+    def __init__(
+        self, dataset, batch_size, patch_size, final_patch_size, label_manager, transforms, weak_view, **sampling
+    ):
+        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, **sampling)
         self.has_ignore = False  # crops of labeled images keep to annotated voxels; here there are none
         self.geometry, self.intensity, self.masking = split_transforms(transforms)
         self.weak_view = weak_view
@@ -117,10 +158,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
     def generate_train_batch(self) -> dict[str, Tensor]:
         views = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            for identifier in self.get_indices():
+            for position, identifier in enumerate(self.get_indices()):
+                oversample = self._data.predicted and self.get_do_oversample(position)
+                found = self._data.class_locations(identifier) if oversample else None
                 try:
                     image = self._data.load_image(identifier)
-                    lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
+                    lower, upper = self.get_bbox(image.shape[1:], force_fg=bool(found), class_locations=found)
                     box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
                     crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
                 except Exception as error:  # blosc2 raises anything for a damaged file
@@ -228,3 +271,71 @@ def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Seque
             f"Cases in {own} and in the fold's unlabeled list: {', '.join(twice[:5])}. Remove one of them."
         )
     return {**listed, **{case: own / f"{case}.b2nd" for case in cases}}
+
+
+PREDICTED_FOREGROUND = "nnUNet_ssl_predicted_foreground"  # environment variable: a dataset that pseudo-label has made
+
+
+def predicted_foreground(
+    dataset: str, labeled: Sequence[str] | None, settings: dict, data_identifier: str
+) -> dict[str, Path]:
+    """Files with the class locations of unlabeled cases as a model predicted them.
+
+    `nnunet-ssl pseudo-label` and nnUNetv2_preprocess have made them, in the dataset that the environment variable
+    PREDICTED_FOREGROUND names. Cases whose labels are true are not among them.
+
+    Args:
+        dataset: name of the dataset that is trained on.
+        labeled: its cases whose labels may be known; None: all.
+        settings: of the training's configuration, see `preprocessing_settings`.
+        data_identifier: of the configuration.
+
+    Returns:
+        Case identifier to file; empty where the variable is not set.
+
+    Raises:
+        ValueError: the variable names no such dataset, or one of another dataset or other plans, or its model has seen
+            labels of other cases.
+        FileNotFoundError: cases of it are not preprocessed.
+    """
+    number = os.environ.get(PREDICTED_FOREGROUND, "")
+    if not number:
+        return {}
+    problem = f"{PREDICTED_FOREGROUND}={number}"
+    advice = f"Set {PREDICTED_FOREGROUND} to the id of a dataset that nnunet-ssl pseudo-label made, or unset it."
+    try:
+        name = str(maybe_convert_to_dataset_name(int(number)))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{problem} is no dataset. {advice}") from error
+    folder = Path(paths.nnUNet_preprocessed) / name
+    model = read_dataset_json(folder / "dataset.json").get("pseudo_labels")
+    if model is None:
+        raise ValueError(f"{problem}: the labels of {name} are not predicted ones. {advice}")
+    if model["dataset"] != dataset:
+        raise ValueError(f"{problem}: {name} was labeled by a model of {model['dataset']}. {advice}")
+    if labeled is not None:
+        folds = read_splits(folder / "splits_final.json")  # none where the model has seen all labels
+        hidden = sorted(set(folds[0]["train"]) - set(model["cases"]) - set(labeled)) if folds else ["all cases"]
+        if hidden:
+            raise ValueError(
+                f"{problem}: {name} was labeled by a model that has seen labels which this fold must not know, of "
+                f"{', '.join(hidden[:5])}. {advice}"
+            )
+    plans = load_plans(folder, model["plans"], [model["configuration"]])
+    others = {key: plans.get_configuration(key) for key in plans.available_configurations}
+    alike = [
+        key
+        for key, other in others.items()
+        if other.data_identifier == data_identifier
+        and json.dumps(preprocessing_settings(plans, other)) == json.dumps(settings)
+    ]
+    if not alike:
+        raise ValueError(f"{problem}: {name} was preprocessed with other plans. {advice}")
+    files = {case: folder / data_identifier / f"{case}.pkl" for case in model["cases"]}
+    missing = sorted(files.keys() - finished_cases(folder / data_identifier))
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} cases of {name} are not in {folder / data_identifier}: {', '.join(missing[:5])}. Run: "
+            f"nnUNetv2_preprocess -d {number} -plans_name {model['plans']} -c {alike[0]}"
+        )
+    return files

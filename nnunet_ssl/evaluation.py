@@ -62,8 +62,23 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Se
 METRICS = ("Dice", "Jaccard", "HD95_mm", "ASD_mm", "ASSD_mm", "HD95_voxels", "ASD_voxels", "ASSD_voxels")
 
 
+# Keyword arguments of case_metrics. The last two are those of published tables, which are in voxels.
+PROTOCOLS = {
+    "strict": {},
+    # test_3d_patch.py of BCP, and the same in SS-Net, AD-MT and M3HL; UA-MT and MC-Net keep all components
+    "la-literature": {"largest_component": True, "zero_where_empty": True},
+    # test_ACDC.py of BCP, and the same in SS-Net and MC-Net; SSL4MIS stops where a prediction is empty
+    "acdc-literature": {"zero_where_empty": True},
+}
+
+
 def case_metrics(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], literature: bool = False
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    largest_component: bool = False,
+    zero_where_empty: bool = False,
 ) -> dict[str, float]:
     """The METRICS of two masks; Dice and Jaccard in [0, 1].
 
@@ -73,14 +88,15 @@ def case_metrics(
         prediction: bool, two or three axes.
         reference: bool, the same shape.
         spacing: size of a voxel along every axis of the arrays, in mm.
-        literature: only the largest component of the prediction counts, and everything is 0 where it is empty, which
-            flatters the distances: the protocol of the published tables.
+        largest_component: only the largest component of the prediction counts; voxels that touch by a corner are
+            connected.
+        zero_where_empty: everything is 0 where the prediction is empty, which flatters the distances.
     """
-    if literature and prediction.any():
-        # full connectivity, the first of several that are as large
+    if largest_component and prediction.any():
+        # the first of several that are as large
         parts, _ = ndimage.label(prediction, np.ones([3] * prediction.ndim))
         prediction = parts == np.bincount(parts.ravel())[1:].argmax() + 1
-    if literature and not prediction.any():
+    if zero_where_empty and not prediction.any():
         return dict.fromkeys(METRICS, 0.0)
     both, either = int((prediction & reference).sum()), int((prediction | reference).sum())
     overlap = (2 * both / (both + either), both / either) if either else (np.nan, np.nan)
@@ -95,11 +111,11 @@ def evaluate_case(
     labels: dict[str, tuple[int, ...]],
     ignore_label: int | None,
     reader: type[BaseReaderWriter],
-    literature: bool,
+    options: dict[str, bool],
 ) -> dict[str, dict[str, float]] | str:
     """METRICS per label or region of one case; a sentence where the two files are not of the same scan.
 
-    Voxels with the ignore label belong to neither mask.
+    Voxels with the ignore label belong to neither mask. The options are keyword arguments of `case_metrics`.
     """
     prediction, properties = reader().read_seg(str(prediction_file))
     reference, wanted = reader().read_seg(str(reference_file))
@@ -113,7 +129,7 @@ def evaluate_case(
     prediction, reference = ((x[0, 0] if flat else x[0]) for x in (prediction, reference))
     counts = np.full(reference.shape, True) if ignore_label is None else reference != ignore_label
     return {
-        name: case_metrics(np.isin(prediction, v) & counts, np.isin(reference, v) & counts, spacing, literature)
+        name: case_metrics(np.isin(prediction, v) & counts, np.isin(reference, v) & counts, spacing, **options)
         for name, v in labels.items()
     }
 
@@ -136,15 +152,20 @@ def evaluate(
         output: folder for evaluation.csv (a row per case and label) and evaluation.json (the means); default:
             `prediction`.
         num_processes: cases at a time.
-        protocol: "strict" or "literature", see `case_metrics`.
+        protocol: "strict" counts all voxels, and a case with an empty mask has no distance. "la-literature" and
+            "acdc-literature" count as the scripts do that the published tables of these datasets come from: everything
+            is 0 where the prediction of a label is empty, and for the left atrium only its largest component counts.
 
     Returns:
-        The means as a Markdown table: Dice and Jaccard in percent, distances in mm, in voxels for "literature".
+        The means as a Markdown table: Dice and Jaccard in percent, distances in mm for "strict", else in voxels.
 
     Raises:
         FileNotFoundError: no dataset.json, or no reference.
-        ValueError: missing or surplus files, or files that do not fit together; nothing is written then.
+        ValueError: no such protocol, missing or surplus files, or files that do not fit together; nothing is written
+            then.
     """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"There is no protocol {protocol!r}. Choose among {', '.join(PROTOCOLS)}.")
     places = [dataset_json] if dataset_json else [prediction / "dataset.json", reference.parent / "dataset.json"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
@@ -161,7 +182,7 @@ def evaluate(
 
     labels, ignore_label = label_values(description)
     reader = determine_reader_writer_from_dataset_json(description, str(reference / min(wanted)))
-    shared = (labels, ignore_label, reader, protocol == "literature")
+    shared = (labels, ignore_label, reader, PROTOCOLS[protocol])
     jobs = {name.removesuffix(ending): (prediction / name, reference / name, *shared) for name in sorted(wanted)}
     with worker_pool(min(num_processes, len(jobs))) as pool:
         results = run_all(pool, evaluate_case, jobs, "Evaluating")
@@ -180,7 +201,7 @@ def evaluate(
     with replacing(output / "evaluation.json") as temporary:
         summary = {"protocol": protocol, "reference": str(reference), "cases": len(jobs), "labels": means}
         temporary.write_text(json.dumps(summary, indent=1))
-    return markdown(means, "voxels" if protocol == "literature" else "mm")
+    return markdown(means, "mm" if protocol == "strict" else "voxels")
 
 
 def label_values(dataset_json: dict) -> tuple[dict[str, tuple[int, ...]], int | None]:

@@ -136,15 +136,40 @@ def downsample(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x.float(), like.shape[2:], mode="nearest-exact").to(x.dtype)
 
 
-def feature_l1(features: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of two feature maps (B, C, *spatial); the target gets no gradient (M3HL, L_low)."""
-    return F.l1_loss(features.float(), target.detach().float())
+def shrink(mask: Tensor, like: Tensor) -> Tensor:
+    """Cells of a feature map all of whose voxels are in the mask: (B, 1, *spatial) to the spatial shape of `like`.
+
+    That shape is the mask's divided by the strides of an encoder, rounded up.
+    """
+    pool = F.max_pool2d if mask.ndim == 4 else F.max_pool3d
+    cell = [-(-size // cells) for size, cells in zip(mask.shape[2:], like.shape[2:], strict=True)]
+    return pool((~mask.bool()).float(), cell, ceil_mode=True) == 0
 
 
-def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
+def feature_l1(features: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean absolute difference of two feature maps (B, C, *spatial); the target gets no gradient (M3HL, L_low).
+
+    Args:
+        mask: (B, 1, *spatial), 1 or True where the cell counts; an empty one gives 0. None: every cell.
+    """
+    difference = (features.float() - target.detach().float()).abs().mean(1, keepdim=True)
+    if mask is None:
+        return difference.mean()
+    return (difference * mask).sum() / mask.sum().clamp_min(1)
+
+
+def feature_cosine(features: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """1 minus the cosine between two feature maps, each flattened to one vector per sample, batch mean, in [0, 2].
 
     The target gets no gradient. Computed in fp32: the vector has thousands of entries (M3HL, L_high).
+
+    Args:
+        mask: (B, 1, *spatial), 1 or True where the cell counts; samples without such a cell do not, and where there is
+            none in the batch the result is 0. None: every cell.
     """
-    cosine = F.cosine_similarity(features.float().flatten(1), target.detach().float().flatten(1), dim=1)
-    return 1 - cosine.mean()
+    features, target = features.float(), target.detach().float()
+    if mask is None:
+        return 1 - F.cosine_similarity(features.flatten(1), target.flatten(1), dim=1).mean()
+    cosine = F.cosine_similarity((features * mask).flatten(1), (target * mask).flatten(1), dim=1)
+    counts = mask.flatten(1).any(1)
+    return ((1 - cosine) * counts).sum() / counts.sum().clamp_min(1)

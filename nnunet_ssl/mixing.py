@@ -163,21 +163,19 @@ def halves(x: Tensor) -> Tensor:
 
 def mix_halves(
     labeled: Tensor, labels: Tensor, unlabeled: Tensor, pseudo: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixes half a of a batch by the masks and half b by their complements: B mixed patches of 2 B images.
+) -> tuple[Tensor, Tensor]:
+    """Mixes every labeled image of a batch with the unlabeled one at its place, by a mask of its own.
 
     Args:
         labeled: images (B, C, *spatial).
         labels: as nnU-Net gives them, (B, 1, *spatial), or the channels of regions.
         unlabeled: images (B, C, *spatial).
         pseudo: their pseudo labels, in the same form.
-        mask: (ceil(B / 2), 1, *spatial), bool; 1 keeps the labeled image in half a, the unlabeled one in half b.
+        mask: bool, 1 keeps the labeled image: (B, 1, *spatial), B + 1 masks where B is odd (see `halves`).
 
     Returns:
-        Mixed images, mixed labels, and the mask that is True where image and label are of the labeled batch; each with
-        B samples, B + 1 where B is odd (see `halves`).
+        Mixed images and mixed labels, as many as masks.
     """
-    mask = torch.cat([mask, ~mask])
     image = mix(halves(labeled), halves(unlabeled), mask)
     target = mix(halves(labels), halves(pseudo).to(labels.dtype), mask)
-    return image, target, mask
+    return image, target

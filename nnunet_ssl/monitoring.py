@@ -96,12 +96,11 @@ def observe(trainer: "SemiSupervisedTrainer", batch: Batch) -> dict[str, Tensor 
 
 
 def labeler(trainer: "SemiSupervisedTrainer") -> tuple[str, nn.Module]:
-    """Name and network whose labels the student learns from: the teacher, else the second student, else itself."""
-    networks = vars(trainer.companions)
-    # other companions need not be networks that segment
-    students = [n for n, network in networks.items() if any(network is student for student in trainer.students())]
-    name = "teacher" if "teacher" in networks else next(iter(students), "student")
-    return name, unwrap(networks.get(name, trainer.network))
+    """Name and network whose labels the student learns from: a teacher, else the second student, else itself."""
+    networks = trainer.segmenting_networks()
+    companions = sorted((n for n in networks if n != "student"), key=lambda name: not name.startswith("teacher"))
+    name = next(iter(companions), "student")
+    return name, unwrap(networks[name])
 
 
 def foreground(logits: Tensor, regions: bool) -> Tensor:

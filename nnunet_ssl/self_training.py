@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
+from collections import deque
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from nnunetv2 import paths
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
@@ -19,6 +23,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.dataset_json import channel_names, read_dataset_json
+from nnunet_ssl.files import replacing
 from nnunet_ssl.preprocessing import (
     find_scans,
     load_plans,
@@ -29,6 +34,8 @@ from nnunet_ssl.preprocessing import (
     worker_pool,
 )
 from nnunet_ssl.splits import read_fold, save_splits
+
+RECORD, SCRATCH = "model.json", "predicting"  # in the hidden folder of a run that is not finished
 
 
 def pseudo_label(
@@ -49,7 +56,8 @@ def pseudo_label(
     semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
     new folder. Its entry "pseudo_labels" says which cases a model has labeled, and which model. The plans of the source
     dataset and a split with the source fold's validation cases, whose labels are true, go to nnUNet_preprocessed.
-    Nothing of the new dataset exists until all scans are labeled.
+    Nothing of the new dataset exists until all scans are labeled. A run that was interrupted goes on where it stopped:
+    labels of the same model are kept, except where the scan is newer.
 
     Args:
         dataset: id or name of the source dataset.
@@ -60,7 +68,7 @@ def pseudo_label(
         plans_identifier: of the trained model.
         checkpoint: file name in the fold's folder.
         device: "cuda", "cpu" or "mps".
-        num_processes: for preprocessing, and as many for export.
+        num_processes: for preprocessing, and as many for export; with 1 this process does the export.
         mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
 
     Returns:
@@ -93,39 +101,92 @@ def pseudo_label(
     labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
     read_checkpoint(model / f"fold_{fold}" / checkpoint)  # it is used after all scans are checked
     num_processes = max(1, num_processes)
-    own = {case: files for case, files in scans.items() if case not in cases}
-    check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
-
-    folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
-    # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "labelsTr").mkdir(parents=True)
-    predict(scans, unfinished / "labelsTr", model, fold, checkpoint, device, num_processes, mirroring)
-
-    provenance = {
-        "cases": sorted(scans),
+    ending = dataset_json["file_ending"]
+    origin = {
         "dataset": name,
         "trainer": trainer,
         "plans": plans_identifier,
         "configuration": configuration,
         "fold": fold,
         "checkpoint": checkpoint,
-        "nnunet-ssl": metadata.version("nnunet-ssl"),
     }
+    state = (model / f"fold_{fold}" / checkpoint).stat()
+    record = json.dumps(origin | {"mirroring": mirroring, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
+
+    folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
+    # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    kept = finished_labels(unfinished, record, scans, ending)
+    left = {case: files for case, files in scans.items() if case not in kept}
+    own = {case: files for case, files in left.items() if case not in cases}
+    check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
+    start_or_resume(unfinished, record, kept, len(scans), ending)
+    if left:
+        predict(left, unfinished, model, fold, checkpoint, device, num_processes, mirroring)
+
+    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
     true_labels = {case: cases[case] for case in sorted(labeled + validation)}
-    entries = dataset_entries(unfinished, true_labels, scans, dataset_json["file_ending"])
+    entries = dataset_entries(unfinished, true_labels, scans, ending)
     own_entries = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
     (unfinished / "dataset.json").write_text(json.dumps(dataset_json | own_entries, indent=1))
     if validation:
         splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}]
         save_splits(Path(paths.nnUNet_preprocessed) / folder.name / "splits_final.json", splits)
+    shutil.rmtree(unfinished / SCRATCH, ignore_errors=True)
+    (unfinished / RECORD).unlink()
     os.replace(unfinished, folder)
     # the model that is trained on it shall differ in its labels only: the same plans
     (Path(paths.nnUNet_preprocessed) / folder.name).mkdir(exist_ok=True)
     shutil.copy2(folder / "dataset.json", Path(paths.nnUNet_preprocessed) / folder.name)
     move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)
     return folder
+
+
+def finished_labels(unfinished: Path, record: str, scans: dict[str, list[str]], ending: str) -> set[str]:
+    """The scans that an interrupted run of the same model has labeled, and that are not newer than their labels.
+
+    Args:
+        unfinished: the hidden folder; it may be missing.
+        record: what determines the labels; those of a folder with another one do not count.
+        scans: per case its image files.
+        ending: of the label files.
+    """
+    file = unfinished / RECORD
+    if not file.is_file() or file.read_bytes() != record.encode():
+        return set()
+    labels = {case: unfinished / "labelsTr" / f"{case}{ending}" for case in scans}
+    written = {case: label.stat().st_mtime_ns for case, label in labels.items() if label.is_file()}
+    return {case for case, time in written.items() if all(os.stat(f).st_mtime_ns <= time for f in scans[case])}
+
+
+def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, ending: str) -> None:
+    """Makes the hidden folder with its record, or removes from an existing one all that is not kept, and says so.
+
+    Args:
+        kept: scans whose labels stay, from `finished_labels`.
+        number: of all scans.
+        ending: of the label files.
+    """
+    labels = unfinished / "labelsTr"
+    dropped = len(list(labels.glob(f"*{ending}"))) - len(kept)
+    if dropped:
+        print(
+            f"{dropped} labels of an interrupted run are dropped: their scans have changed since, or another model, "
+            f"checkpoint or mirroring made them."
+        )
+    if kept:
+        print(f"{len(kept)} of {number} scans were labeled by an interrupted run of the same model: these are kept.")
+        shutil.rmtree(unfinished / SCRATCH, ignore_errors=True)
+        names = {f"{case}{suffix}" for case in kept for suffix in (ending, ".json")}  # .json: beside a TIFF
+        for file in labels.iterdir():
+            if file.name not in names:
+                file.unlink()
+        return
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    labels.mkdir(parents=True)
+    with replacing(unfinished / RECORD) as temporary:
+        temporary.write_text(record)
 
 
 def dataset_entries(folder: Path, labeled: dict[str, dict], scans: dict[str, list[str]], ending: str) -> dict:
@@ -199,7 +260,7 @@ def check_scans(
 
 def predict(
     scans: dict[str, list[str]],
-    folder: Path,
+    unfinished: Path,
     model: Path,
     fold: int | str,
     checkpoint: str,
@@ -207,18 +268,62 @@ def predict(
     num_processes: int,
     mirroring: bool,
 ) -> None:
-    """Predicts the scans with nnU-Net's own predictor, behind a progress bar; label files go to `folder`."""
+    """Predicts the scans with nnU-Net's own predictor, behind a progress bar.
+
+    A label file appears in `labelsTr` of the folder `unfinished` when it is complete, as soon as its scan is predicted.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
     predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (fold,), checkpoint)
+    how = (predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json)
     prepared = preprocessing_iterator_fromfiles(
         list(scans.values()),
         None,
-        [str(folder / case) for case in scans],
+        list(scans),
         predictor.plans_manager,
         predictor.dataset_json,
         predictor.configuration_manager,
         num_processes,
         device == "cuda",
     )
-    bar = tqdm(prepared, total=len(scans), desc="Labeling scans", unit="scan")
-    predictor.predict_from_data_iterator(bar, num_processes_segmentation_export=num_processes)
+    exports = deque()
+    try:
+        with worker_pool(num_processes) as pool:
+            for item in tqdm(prepared, total=len(scans), desc="Labeling scans", unit="scan"):
+                logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu().detach().numpy()
+                job = (item["ofile"], unfinished, logits, item["data_properties"], *how)
+                if pool is None:
+                    export(*job)
+                    continue
+                exports.append(pool.submit(export, *job))
+                while len(exports) > num_processes + 2:  # more would fill the memory
+                    exports.popleft().result()
+            while exports:
+                exports.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A worker process died without an error, most likely because memory ran out. Run the same command again "
+            "with fewer processes (-np 1 needs the least): complete labels are kept."
+        ) from error
+
+
+def export(
+    case: str, unfinished: Path, logits: np.ndarray, properties: dict, configuration, plans, dataset_json
+) -> None:
+    """Writes a label file with nnU-Net's own export into a folder of its own, and moves it to `labelsTr` in one step.
+
+    Args:
+        logits: (classes, *spatial) of the preprocessed scan.
+        properties: of the preprocessed scan.
+        configuration: nnU-Net's manager, as `plans`.
+        dataset_json: of the model.
+    """
+    scratch = unfinished / SCRATCH / case
+    scratch.mkdir(parents=True, exist_ok=True)
+    export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(scratch / case))
+    label = f"{case}{dataset_json['file_ending']}"
+    # the label goes last, it says that all is there: nnU-Net writes the spacing of a TIFF beside it
+    for file in sorted(scratch.iterdir(), key=lambda file: file.name == label):
+        os.replace(file, unfinished / "labelsTr" / file.name)

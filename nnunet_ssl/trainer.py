@@ -18,7 +18,6 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2 import paths
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +32,7 @@ from nnunet_ssl.data import (
     UnlabeledDataLoader,
     UnlabeledDataset,
     find_unlabeled,
+    predicted_foreground,
 )
 from nnunet_ssl.dataset_json import channel_names
 from nnunet_ssl.monitoring import History, evaluating, labeler, mean_dice, observe
@@ -82,7 +82,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ---- what a method overrides ----
 
     def build_companions(self) -> dict[str, nn.Module]:
-        """Networks beside `self.network`: teachers (frozen, in eval mode) or further students, by name."""
+        """Networks beside `self.network`, by name: what segments is called teacher... (frozen) or student....
+
+        Any other name is a module that does not segment, such as a head or a discriminator. What requires gradients
+        is trained by the same optimizer; everything is saved, and restored by --c.
+        """
         return {}
 
     def losses(self, batch: Batch) -> Iterable[dict[str, Tensor]]:
@@ -90,7 +94,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Each dict is back-propagated and its graph freed before the next one is asked for, so the peak memory is that
         of the largest graph and the update that of the sum of all terms. A name may come again, its values are
-        summed. Every step has the same terms; the name "loss" is taken by their sum.
+        summed. A term may be missing in some steps, but not on some ranks; the name "loss" is taken by the sum.
         """
         raise NotImplementedError
 
@@ -198,10 +202,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         self.seed = seed_from_environment(self.local_rank)
         super().initialize()
-        self.companions = SimpleNamespace(**self.build_companions())
+        companions = {name: network.to(self.device) for name, network in self.build_companions().items()}
+        self.companions = SimpleNamespace(**companions)
         self._synchronize_companions()
-        for student in self.students()[1:]:
-            self.optimizer.add_param_group({"params": list(student.parameters())})
+        for network in self.trained_networks()[1:]:
+            self.optimizer.add_param_group({"params": [p for p in network.parameters() if p.requires_grad]})
+        self._first_weights = next(unwrap(self.network).parameters()).detach().clone()
 
     def _synchronize_companions(self) -> None:
         """On several GPUs, gives every rank the companions of rank 0, as nnU-Net does with its network."""
@@ -330,14 +336,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             transforms=transforms,
             **sampling,
         )
+        plans, configuration = self.plans_manager, self.configuration_manager
+        predicted = predicted_foreground(
+            plans.dataset_name,
+            None if self.fold == "all" else dataset_tr.identifiers,
+            preprocessing_settings(plans, configuration),
+            configuration.data_identifier,
+        )
         unlabeled = UnlabeledDataLoader(
-            UnlabeledDataset(files),
+            UnlabeledDataset(files, predicted),
             self.batch_size,
             initial_patch_size,
             patch_size,
             self.label_manager,
             transforms,
             self.weak_view,
+            **sampling,
         )
         validation = LabeledDataLoader(
             dataset_val,
@@ -349,6 +363,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             **sampling,
         )
         self._log_data(len(dataset_tr.identifiers), files, len(dataset_val.identifiers))
+        if predicted:
+            self.print_to_log_file(
+                f"Unlabeled patches are oversampled where a model found foreground, in {len(predicted.keys() & files)} "
+                f"of {len(files)} unlabeled cases.",
+                add_timestamp=False,
+            )
 
         workers = get_allowed_n_proc_DA()
         train = _augmenter(PairedDataLoader(labeled, unlabeled), workers, max(6, workers // 2), self.device)
@@ -406,6 +426,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if fresh and self.was_initialized:
             # weights given by -pretrained_weights were loaded after initialize: start the companions from them
             self._restart_companions()
+            self._warn_of_random_heads()
         super().on_train_start()
         if self.local_rank == 0:
             for leftover in Path(self.output_folder).glob(".*.tmp"):
@@ -416,6 +437,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             # the loaders have drawn their first batch by now
             set_random_state(self._resume_random_state)
             self._resume_random_state = None
+
+    def _warn_of_random_heads(self) -> None:
+        network = unwrap(self.network)
+        heads = [name for name, _ in network.named_modules() if name.endswith("seg_layers")]
+        if heads and not torch.equal(next(network.parameters()), self._first_weights):
+            self.print_to_log_file(
+                f"WARNING: -pretrained_weights leaves out the segmentation heads ({', '.join(heads)}). They start with "
+                f"random weights, in the student and in its companions: the first pseudo labels mean nothing."
+            )
 
     def run_training(self) -> None:
         try:
@@ -438,6 +468,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 total = None if group is None else sum(group.values())
             if group is None:
                 break
+            if not group:
+                continue
             if self.grad_scaler is not None:
                 self.grad_scaler.scale(total).backward()
             else:
@@ -445,6 +477,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             for name, value in group.items():
                 terms[name] = terms.get(name, 0) + value.detach()
             del group, total
+        if not terms:
+            raise RuntimeError(f"{type(self).__name__}.losses gave no term in step {self.step}. Yield at least one.")
         self._update_weights()
         self.after_step()
         self.step += 1
@@ -482,10 +516,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _update_weights(self) -> None:
         if self.is_ddp:
-            average_gradients(self.students())
+            average_gradients(self.trained_networks())
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        norms = [nn.utils.clip_grad_norm_(s.parameters(), self.max_gradient_norm) for s in self.students()]
+        norms = [nn.utils.clip_grad_norm_(s.parameters(), self.max_gradient_norm) for s in self.trained_networks()]
         # Where a gradient is not finite, GradScaler leaves the step out (CUDA), and so do we on a CPU: weights and
         # momentum stay good, and teachers average good weights. On MPS to ask would make the host wait: there the
         # weights are lost, the teachers with them, and `save_checkpoint` keeps the earlier files.
@@ -501,7 +535,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         A single such step is harmless, see `_update_weights`, and told at the end of the epoch. Nothing is saved here:
         weights that give NaN for so many batches are not worth more than those of the last checkpoint.
         """
-        self._not_finite = {n: self._not_finite.get(n, 0) + 1 for n, value in values.items() if not np.isfinite(value)}
+        for name, value in values.items():
+            self._not_finite[name] = 0 if np.isfinite(value) else self._not_finite.get(name, 0) + 1
         names = [name for name, steps in self._not_finite.items() if steps >= NOT_FINITE_STEPS]
         if not names:
             return
@@ -535,7 +570,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         self._foreground, self._pseudo_labels = 0.0, 0
 
-    def students(self) -> list[nn.Module]:
+    def trained_networks(self) -> list[nn.Module]:
         """The networks that the optimizer trains: `self.network` and companions that require gradients."""
         companions = vars(self.companions).values()
         return [self.network, *(c for c in companions if any(p.requires_grad for p in c.parameters()))]
@@ -546,9 +581,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return {"student": self.network} | {n: c for n, c in companions if n.startswith(("student", "teacher"))}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end(train_outputs)
+        # nnU-Net takes the names from the first step, but a term may come in later ones only
+        super().on_train_epoch_end([{"loss": step["loss"]} for step in train_outputs])
         self._warn_of_empty_pseudo_labels()
-        outputs = collate_outputs(train_outputs)
+        names = dict.fromkeys(name for step in train_outputs for name in step)
+        outputs = {name: [step[name] for step in train_outputs if name in step] for name in names}
         for name, values in outputs.items():
             if name != "loss" and not np.all(np.isfinite(values)):
                 steps = f"{np.sum(~np.isfinite(values))} of {len(values)} steps"
@@ -645,13 +682,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # tensors that are shared between the entries are stored once
         states = {name: network.state_dict() for name, network in networks.items()}
         checkpoints.require_finite(Path(filename), states, self.current_epoch)
+        optimizer = self.optimizer.state_dict()
         stock = io.BytesIO()
-        super().save_checkpoint(stock)
+        with checkpoints.without_states(networks["student"], self.optimizer):
+            super().save_checkpoint(stock)
         stock.seek(0)
         checkpoint = torch.load(stock, map_location="cpu", weights_only=False)
         deployed = unwrap(self.inference_network())
         name = next(name for name, network in networks.items() if network is deployed)
-        checkpoints.write(checkpoints.extended(checkpoint, states, name, self.step), Path(filename))
+        checkpoints.write(checkpoints.extended(checkpoint, states, optimizer, name, self.step), Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:

@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from equations import CLASSES, EVERY_KIND, assert_terms, started
 from training import make_trainer, seed
 
-from nnunet_ssl.mixing import box_mask
-from nnunet_ssl.trainers.nnUNetTrainerCoLearning import indmix, nnUNetTrainerCoLearning
+from nnunet_ssl.mixing import box_mask, recorded
+from nnunet_ssl.trainers.nnUNetTrainerCoLearning import (
+    indmix,
+    nnUNetTrainerCoLearning,
+    nnUNetTrainerCoLearningPaper,
+)
 
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
@@ -71,6 +75,21 @@ def test_image_and_target_of_a_mix_take_every_voxel_from_the_same_scan(patch, re
     assert not from_labeled.all()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_both_mixes_share_a_box_as_in_the_paper_or_have_their_own(shared, tiny_dataset):
+    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, shared_mask=shared)
+    with recorded() as mixes:
+        list(trainer.losses(CLASSES.random_batch(4)))
+    first, second = (mixes[i].mask for i in (0, 2))  # image and target of each student
+    assert torch.equal(first, second) == shared
+
+
+def test_the_papers_settings_are_attributes():
+    own = {name: value for name, value in vars(nnUNetTrainerCoLearningPaper).items() if not name.startswith("__")}
+    assert own == {"rampup": 0.0, "cross_entropy": False, "noise": 0.0, "shared_mask": True}
+    assert nnUNetTrainerCoLearningPaper.__bases__ == (nnUNetTrainerCoLearning,)
+
+
 def test_every_input_of_each_student_has_its_own_noise(tiny_dataset, monkeypatch):
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1)
     batch = CLASSES.random_batch(2)
@@ -89,7 +108,7 @@ def test_every_input_of_each_student_has_its_own_noise(tiny_dataset, monkeypatch
 
 def test_each_student_learns_from_its_own_terms_only(tiny_dataset):
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset)
-    students = trainer.students()
+    students = trainer.trained_networks()
     for group in trainer.losses(CLASSES.random_batch(2)):
         for name, value in group.items():
             for network in students:
@@ -121,7 +140,7 @@ def test_the_teacher_is_the_weighted_moving_average_of_both_students(tiny_datase
     trainer = make_trainer(nnUNetTrainerCoLearning, tiny_dataset, alpha=alpha, beta=beta)
     trainer.on_train_start()
     trainer.network.train()
-    teacher, students = trainer.companions.teacher, trainer.students()
+    teacher, students = trainer.companions.teacher, trainer.trained_networks()
     for step in (0, 1, 2, 1000):
         trainer.step = step
         old = weights(teacher)
@@ -139,7 +158,7 @@ def test_different_backbones_have_a_teacher_each(tiny_dataset):
     companions = trainer.companions
     assert not any(isinstance(m, torch.nn.ConvTranspose3d) for m in companions.student_2.modules())
     trainer.step = 1000
-    students, teachers = trainer.students(), (companions.teacher, companions.teacher_2)
+    students, teachers = trainer.trained_networks(), (companions.teacher, companions.teacher_2)
     old = [weights(t) for t in teachers]
     trainer.train_step(next(trainer.dataloader_train))
     for teacher, student, before in zip(teachers, students, old, strict=True):

@@ -185,7 +185,7 @@ def test_predictions_of_another_checkpoint_other_settings_or_other_labels_are_ma
     assert len(fake()) == 3
     folder = out(trained) / "predictions" / "nnUNetTrainerM3HL_fold_0"
     described = json.loads((folder / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps(described | {"protocol": "literature"}))
+    (folder / "settings.json").write_text(json.dumps(described | {"protocol": "la-literature"}))
     compare("--disable_tta")
     assert fake() == ["nnUNetv2_predict nnUNetTrainerM3HL --disable_tta"]
 

@@ -102,11 +102,11 @@ def trained_and_predicted(trainer_class, dataset, configuration="3d_fullres", **
 
 def trains(trainer, steps=2):
     """Takes steps; every loss is finite, and every student changes."""
-    before = [torch.cat([p.detach().flatten() for p in s.parameters()]).clone() for s in trainer.students()]
+    before = [torch.cat([p.detach().flatten() for p in s.parameters()]).clone() for s in trainer.trained_networks()]
     for _ in range(steps):
         losses = trainer.train_step(next(trainer.dataloader_train))
         assert all(np.isfinite(value) for value in losses.values())
-    for student, old in zip(trainer.students(), before, strict=True):
+    for student, old in zip(trainer.trained_networks(), before, strict=True):
         assert not torch.equal(torch.cat([p.detach().flatten() for p in student.parameters()]), old)
 
 
@@ -152,7 +152,7 @@ def largest_gradient_of_labels(trainer, batch):
     for group in trainer.losses(batch):
         for name, value in group.items():
             if name.startswith(("supervised", "labeled")) and value.requires_grad:
-                parameters = [p for student in trainer.students() for p in student.parameters()]
+                parameters = [p for student in trainer.trained_networks() for p in student.parameters()]
                 found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
                 largest = max([largest, *(g.abs().max().item() for g in found if g is not None)])
     return largest

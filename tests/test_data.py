@@ -460,6 +460,34 @@ def test_anisotropic_patches_with_a_mask_work_in_dummy_2d(tmp_path):
     assert torch.equal(batch["unlabeled"] == 0, batch["unlabeled_weak"] == 0)
 
 
+def test_the_last_crops_of_a_batch_are_centred_on_predicted_foreground(tmp_path):
+    patch, voxel = (4, 6, 6), (13, 4, 15)
+    cases = {"seen": numbered(), "unseen": numbered()}
+    plain = dataset(tmp_path, cases)
+    (tmp_path / "seen.pkl").write_bytes(pickle.dumps({"class_locations": {1: np.array([[0, *voxel]])}}))
+    data = UnlabeledDataset(plain.files, {"seen": tmp_path / "seen.pkl"})
+    manager = LabelManager({"background": 0, "blob": 1}, None)
+    transforms = training_transforms(patch, mirror=False)
+
+    def share_that_shows_it(data, case, percent=0.34):
+        data.identifiers = [case]
+        loader = UnlabeledDataLoader(
+            data, 3, patch, patch, manager, transforms, False, oversample_foreground_percent=percent
+        )
+        crops = torch.stack([next(loader)["unlabeled"] for _ in range(60)])
+        return (crops == cases[case][(0, *voxel)]).flatten(2).any(2).float().mean(0)
+
+    first, second, last = share_that_shows_it(data, "seen")
+    assert last == 1  # nnU-Net's last third
+    assert max(first, second) < 0.3
+    for share in (
+        share_that_shows_it(data, "unseen"),
+        share_that_shows_it(data, "seen", 0),
+        share_that_shows_it(plain, "seen"),
+    ):
+        assert max(share) < 0.3
+
+
 # ---- PairedDataLoader ----
 
 

@@ -9,7 +9,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.spatial.distance import cdist
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.evaluation import METRICS, case_metrics, label_values, surface_distances
+from nnunet_ssl.evaluation import METRICS, case_metrics, evaluate, label_values, surface_distances
 
 
 def cube(shape, lower, upper):
@@ -114,7 +114,7 @@ EMPTY, FULL = np.zeros((3, 4), bool), np.ones((3, 4), bool)
 
 
 @pytest.mark.parametrize(
-    ("prediction", "reference", "literature", "overlap", "distance"),
+    ("prediction", "reference", "zero_where_empty", "overlap", "distance"),
     [
         (EMPTY, FULL, False, 0, np.nan),
         (FULL, EMPTY, False, 0, np.nan),
@@ -125,19 +125,24 @@ EMPTY, FULL = np.zeros((3, 4), bool), np.ones((3, 4), bool)
         (FULL, FULL, True, 1, 0),
     ],
 )
-def test_empty_masks(prediction, reference, literature, overlap, distance):
-    metrics = case_metrics(prediction, reference, (1, 1), literature)
+def test_empty_masks(prediction, reference, zero_where_empty, overlap, distance):
+    metrics = case_metrics(prediction, reference, (1, 1), zero_where_empty=zero_where_empty)
     for name, value in metrics.items():
         assert value == pytest.approx(overlap if name in ("Dice", "Jaccard") else distance, nan_ok=True)
 
 
-def test_the_literature_keeps_the_largest_component_of_the_prediction_only():
+def test_the_largest_component_of_the_prediction_alone_counts_on_demand():
     reference = cube((6, 12), (1, 1), (4, 4))
     prediction = reference | cube((6, 12), (1, 9), (3, 11))
     assert case_metrics(prediction, reference, (1, 1))["Dice"] == 18 / 22
-    assert case_metrics(prediction, reference, (1, 1), literature=True)["Dice"] == 1
+    assert case_metrics(prediction, reference, (1, 1), largest_component=True)["Dice"] == 1
     corner = reference | cube((6, 12), (4, 4), (5, 5))  # touches by a corner: the same component
-    assert case_metrics(corner, reference, (1, 1), literature=True)["Dice"] == 18 / 19
+    assert case_metrics(corner, reference, (1, 1), largest_component=True)["Dice"] == 18 / 19
+
+
+def test_an_empty_prediction_has_no_largest_component():
+    assert case_metrics(EMPTY, FULL, (1, 1), largest_component=True)["Dice"] == 0
+    assert np.isnan(case_metrics(EMPTY, FULL, (1, 1), largest_component=True)["HD95_voxels"])
 
 
 def test_labels_and_regions_of_a_dataset_json():
@@ -215,12 +220,39 @@ def test_a_folder_is_evaluated_by_case_and_region(folders, capsys):
     assert "core: no distance in 1 cases, where a mask is empty" in shown
 
 
-def test_the_literature_counts_empty_predictions_as_zero_distance_in_voxels(folders, capsys):
-    assert run(folders, f"--protocol literature -o {folders}/out") == 0
-    core = json.loads((folders / "out" / "evaluation.json").read_text())["labels"]["core"]
-    assert core["HD95_voxels"]["undefined"] == 0
-    assert "HD95 (voxels)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("protocol", "kept", "empty", "unit"),
+    [("strict", 2, None, "mm"), ("la-literature", 1, 0, "voxels"), ("acdc-literature", 2, 0, "voxels")],
+)
+def test_the_protocols_differ_in_components_empty_predictions_and_unit(folders, capsys, protocol, kept, empty, unit):
+    reference = sitk.GetArrayFromImage(sitk.ReadImage(str(folders / "reference" / "case_1.nii.gz")))
+    core = np.where(reference == 2, 2, 0)  # 2 x 3 x 3 voxels
+    core[0, 0, :2] = 2
+    for case, array in (("case_1", core), ("case_0", np.zeros(SHAPE)), ("case_2", np.zeros(SHAPE))):
+        write(array, folders / "prediction" / f"{case}.nii.gz")
+    assert run(folders, f"--protocol {protocol} -o {folders}/out") == 0
+    summary = json.loads((folders / "out" / "evaluation.json").read_text())
+    assert summary["protocol"] == protocol
+    with open(folders / "out" / "evaluation.csv", newline="") as f:
+        rows = {(row["case"], row["label"]): row for row in csv.DictReader(f)}
+    assert float(rows["case_1", "core"]["Dice"]) == {1: 1, 2: 2 * 18 / (18 + 20)}[kept]
+    assert float(rows["case_0", "core"]["Dice"]) == 0
+    assert float(rows["case_0", "core"]["HD95_voxels"]) == pytest.approx(np.nan if empty is None else 0, nan_ok=True)
+    assert summary["labels"]["core"]["HD95_voxels"]["undefined"] == (2 if empty is None else 0)
+    assert f"HD95 ({unit})" in capsys.readouterr().out
     assert not (folders / "prediction" / "evaluation.csv").exists()
+
+
+def test_an_unknown_protocol_is_refused_with_the_names_of_all(folders, capsys):
+    with pytest.raises(SystemExit):
+        run(folders, "--protocol literature")
+    shown = capsys.readouterr().err
+    with pytest.raises(ValueError, match="strict, la-literature, acdc-literature") as error:
+        evaluate(folders / "reference", folders / "prediction", protocol="literature")
+    for message in (shown, str(error.value)):
+        assert "'literature'" in message
+        assert "la-literature" in message
+        assert "acdc-literature" in message
 
 
 def test_the_means_are_those_of_nnunets_own_evaluation(folders):

@@ -14,7 +14,7 @@ from training import every_trainer, make_trainer, seed
 from nnunet_ssl.networks import unwrap
 
 CASES = [("3d_fullres", "tiny_dataset"), ("2d", "tiny_dataset"), ("3d_fullres", "tiny_residual_dataset")]
-pytestmark = pytest.mark.parametrize("trainer_class", every_trainer())
+pytestmark = pytest.mark.parametrize("trainer_class", every_trainer(paper_settings=True))
 everywhere = pytest.mark.parametrize(("configuration", "dataset"), CASES, ids=["3d", "2d", "3d-residual"])
 
 
@@ -58,6 +58,37 @@ def test_the_loss_has_a_gradient_with_respect_to_the_unlabeled_images(trainer_cl
     assert (gradient > 0).all()  # of every sample
 
 
+def joint(loader_items, size):
+    """The first samples of several items of a loader as one item."""
+    items = [{k: v for k, v in item.items() if k != "keys"} for item in loader_items]
+    return {key: samples([item[key] for item in items], size) for key in items[0]}
+
+
+def samples(values, size):
+    if isinstance(values[0], list):  # the scales of deep supervision
+        return [torch.cat(scale)[:size] for scale in zip(*values, strict=True)]
+    return torch.cat(values)[:size]
+
+
+def test_every_labeled_patch_is_used_within_two_steps_of_each_phase(trainer_class, tiny_dataset):
+    # nnU-Net puts patches with foreground last in a batch: a method that uses the first ones only never sees them
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, "2d", num_iterations_per_epoch=50)
+    trainer.on_train_start()
+    trainer.network.train()
+    items = [next(trainer.dataloader_train) for _ in range(2)]
+    for begin in (0, trainer.max_steps // 3, trainer.max_steps - 2):  # every phase of every method
+        for size in (1, 2, 3, 4):
+            gradients = []
+            for trainer.step in (begin, begin + 1):
+                batch = trainer._to_device(joint(items, size))
+                batch.image.requires_grad_()
+                sum(value for terms in trainer.losses(batch) for value in terms.values()).backward()
+                gradients.append(batch.image.grad.flatten(1).abs().amax(1))
+            used = sum(gradients) > 0
+            assert used.all(), f"batch of {size}, step {begin}: {used.tolist()}"
+
+
 @everywhere
 def test_exactly_the_parameters_that_require_gradients_are_in_the_optimizer(
     trainer_class, configuration, dataset, request
@@ -73,7 +104,7 @@ def test_exactly_the_parameters_that_require_gradients_are_in_the_optimizer(
 @everywhere
 def test_a_step_trains_the_students_and_leaves_no_gradient_in_a_teacher(trainer_class, configuration, dataset, request):
     trainer = started(trainer_class, configuration, dataset, request)
-    students, companions = trainer.students(), vars(trainer.companions).values()
+    students, companions = trainer.trained_networks(), vars(trainer.companions).values()
     before = [torch.cat([p.detach().flatten() for p in n.parameters()]).clone() for n in students]
     trainer.train_step(next(trainer.dataloader_train))
     for network, old in zip(students, before, strict=True):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,9 @@ from nnunet_ssl.losses import (
     masked_loss,
     probability_mse,
     reweighted,
+    shrink,
 )
+from nnunet_ssl.mixing import block_mask
 
 WEIGHTS = np.array([2 / 3, 1 / 3, 0])  # nnU-Net's for three scales
 SCALES = {2: [(1, 1), (0.5, 0.5), (0.25, 0.25)], 3: [(1, 1, 1), (1, 0.5, 0.5), (0.5, 0.25, 0.25)]}
@@ -475,3 +479,37 @@ def test_the_cross_entropy_alone_is_that_of_nnunets_loss(ignore):
         regions[:, -1] = False
     loss = region_loss(ignore=ignore, weight_ce=0.7, weight_dice=0)
     torch.testing.assert_close(cross_entropy(loss, logits[0], regions), loss(logits[0], regions))
+
+
+# ---- feature terms inside a mask ----
+
+
+@pytest.mark.parametrize(("patch", "grid"), [((13, 17), (4, 5)), ((20, 28, 28), (5, 7, 7)), ((9, 16, 12), (9, 4, 3))])
+def test_a_cell_counts_where_all_of_its_voxels_do(patch, grid):
+    mask = block_mask(3, patch, cells=3)
+    cells = shrink(mask, torch.empty(3, 5, *grid))
+    assert cells.shape == (3, 1, *grid)
+    edges = [-(-size // count) for size, count in zip(patch, grid, strict=True)]
+    for place in itertools.product(*map(range, grid)):
+        voxels = mask[(..., *(slice(p * edge, (p + 1) * edge) for p, edge in zip(place, edges, strict=True)))]
+        assert torch.equal(cells[(..., *place)][:, 0], voxels.flatten(1).all(1))
+    assert cells.any()
+    assert not cells.all()
+
+
+@pytest.mark.parametrize("distance", [feature_l1, feature_cosine])
+def test_a_feature_term_does_not_see_what_is_outside_of_the_mask(distance):
+    features, target = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    mask = torch.rand(3, 1, 5, 6) > 0.5
+    mask[2] = False  # a sample of which nothing counts
+    inside = distance(features, target, mask)
+    assert inside > 0
+    assert torch.equal(distance(torch.where(mask, features, 9.0), torch.where(mask, target, -9.0), mask), inside)
+    assert distance(torch.where(mask, target, 9.0), target, mask) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(distance(features[:2], target[:2], mask[:2]), inside)
+    features.requires_grad_()
+    nothing = distance(features, target, torch.zeros_like(mask))
+    nothing.backward()
+    assert nothing == 0
+    assert not features.grad.any()
+    torch.testing.assert_close(distance(features, target, torch.ones_like(mask)), distance(features, target))

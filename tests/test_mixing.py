@@ -293,13 +293,12 @@ def test_a_side_outside_of_0_to_1_is_refused(side):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("patch", PATCHES)
-def test_halves_are_mixed_by_complementary_masks_from_sources_that_the_mask_names(size, patch):
+def test_halves_are_mixed_from_sources_that_the_mask_names(size, patch):
     (labeled, labels), (unlabeled, pseudo) = (tagged(source, patch, size) for source in (1, 2))
     half = (size + 1) // 2
-    mask = block_mask(half, patch, generator=generator())
-    image, target, kept = mix_halves(labeled, labels, unlabeled, pseudo, mask)
-    assert len(image) == len(target) == len(kept) == 2 * half
-    assert torch.equal(kept[:half], ~kept[half:])
+    kept = block_mask(2 * half, patch, generator=generator())
+    image, target = mix_halves(labeled, labels, unlabeled, pseudo, kept)
+    assert len(image) == len(target) == 2 * half
     source, voxel = image[:, :1], image[:, 1:]
     assert torch.equal(source == 1, kept)
     assert torch.equal(target, (1000 * source + voxel % 1000).int())  # the same source and voxel

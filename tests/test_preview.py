@@ -86,7 +86,7 @@ def test_a_row_tells_both_sources_apart():
     with recorded() as calls:
         mask = torch.zeros(1, 1, 8, 6, 6, dtype=torch.bool)
         mask[:, :, 3, :, :2] = True  # slice 3 alone is mixed
-        mix_halves(labeled, batch.target, unlabeled, torch.zeros_like(batch.target), mask)
+        mix_halves(labeled, batch.target, unlabeled, torch.zeros_like(batch.target), torch.cat([mask, ~mask]))
     assert len(calls) == 2
     for sample, keeps in ((0, mask[0, 0, 3].numpy()), (1, ~mask[0, 0, 3].numpy())):
         by_title = {title: (values, outlines) for title, values, outlines in mixed_row(*calls, sample, batch, 0)}

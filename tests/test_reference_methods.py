@@ -140,7 +140,7 @@ def test_the_students_of_cps_start_from_independent_weights(tiny_dataset):
     seed()
     made = make_trainer(nnUNetTrainerCPS, tiny_dataset)
     made.initialize()
-    first, second = (torch.cat([c.weight.detach().flatten() for c in convolutions(n)]) for n in made.students())
+    first, second = (torch.cat([c.weight.detach().flatten() for c in convolutions(n)]) for n in made.trained_networks())
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.05
     assert second.std() == pytest.approx(first.std().item(), rel=0.05)  # as nnU-Net draws them
 
@@ -167,9 +167,10 @@ def test_the_unlabeled_weight_follows_the_ramp_and_the_supervised_one_does_not(t
 
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_bcp_mixes_labeled_and_unlabeled_scans(labels, labels_dataset, size):
+@pytest.mark.parametrize(("size", "step"), [(1, 0), (2, 0), (2, 1), (3, 1), (4, 0)])
+def test_bcp_mixes_labeled_and_unlabeled_scans(labels, labels_dataset, size, step):
     trainer = started(nnUNetTrainerBCP, labels_dataset, pseudo_weight=0.3, box_side=0.6)
+    trainer.step += step
     batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
@@ -179,7 +180,8 @@ def test_bcp_mixes_labeled_and_unlabeled_scans(labels, labels_dataset, size):
     mask = box_mask(half, (16, 16, 16), side=0.6)
     student, teacher = trainer.network, trainer.companions.teacher
     pseudo = labels.hard(teacher(batch.unlabeled_weak))
-    samples = [(i, mask[i]) for i in range(half)] + [(size - half + i, ~mask[i]) for i in range(half)]
+    order = [(trainer.step * half + i) % size for i in range(size)]  # the samples take turns
+    samples = [(order[i], mask[i]) for i in range(half)] + [(order[size - half + i], ~mask[i]) for i in range(half)]
     image = torch.stack([batch.image[i] * m + batch.unlabeled[i] * ~m for i, m in samples])
     target = torch.stack([torch.where(m, batch.target[i], pseudo[i]) for i, m in samples])
     keep = torch.stack([m for _, m in samples])
@@ -208,10 +210,11 @@ def test_bcp_begins_with_copy_paste_between_labeled_scans(labels, labels_dataset
         assert gradient is None
         seed(5)
         mask = box_mask(size, (16, 16, 16), side=2 / 3)
-        others = [(i - size // 2) % size for i in range(size)]
-        image = batch.image * mask + batch.image[others] * ~mask
-        target = torch.where(mask, batch.target, batch.target[others])
-        assert_terms([terms], {"labeled": labels.dice_and_cross_entropy(trainer.network(image), target), "pseudo": 0.0})
+        own = [(step * ((size + 1) // 2) + i) % size for i in range(size)]  # the samples take turns
+        others = [own[i - size // 2] for i in range(size)]
+        image = batch.image[own] * mask + batch.image[others] * ~mask
+        target = torch.where(mask, batch.target[own], batch.target[others])
+        assert_terms([terms], {"labeled": labels.dice_and_cross_entropy(trainer.network(image), target)})
 
 
 @pytest.mark.parametrize("trainer", [nnUNetTrainerBCP, nnUNetTrainerM3HL])

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 from training import make_trainer, seed
 
 from nnunet_ssl.checkpoints import CHECKPOINT_KEY
+from nnunet_ssl.export import export_model
 from nnunet_ssl.monitoring import NAMES
-from nnunet_ssl.networks import frozen_copy, logits
+from nnunet_ssl.networks import forward_with_features, frozen_copy, logits
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
@@ -217,7 +219,7 @@ def test_a_second_student_is_trained_and_starts_from_pretrained_weights(tiny_dat
     # same weights, same batch, same optimizer: the same step
     assert all(torch.equal(a, b) for a, b in pairs)
     assert any((p != q).any() for p, q in zip(second.parameters(), make_trainer_weights(trainer), strict=True))
-    assert len(trainer.students()) == len(trainer.optimizer.param_groups) == 2
+    assert len(trainer.trained_networks()) == len(trainer.optimizer.param_groups) == 2
 
 
 def make_trainer_weights(trainer):
@@ -226,6 +228,96 @@ def make_trainer_weights(trainer):
     scale = group["lr"] * (1 + group["momentum"])
     state = trainer.optimizer.state
     return [p + scale * state[p]["momentum_buffer"] if p in state else p for p in group["params"]]
+
+
+class WithHead(SemiSupervisedTrainer):
+    """A companion that is trained but does not segment: it takes bottleneck features."""
+
+    def build_companions(self):
+        return {"head": nn.Conv3d(16, 2, 1)}
+
+    def losses(self, batch):
+        output, skips = forward_with_features(self.network, torch.cat([batch.image, batch.unlabeled]))
+        yield {
+            "supervised": self.loss([scale[: len(batch.image)] for scale in output], batch.target),
+            "head": self.companions.head(skips[-1]).square().mean(),
+        }
+
+
+def test_a_head_is_trained_observed_validated_resumed_and_left_out_of_an_export(tiny_dataset, tmp_path, monkeypatch):
+    trainer = started(WithHead, tiny_dataset)
+    before = trainer.companions.head.weight.detach().clone()
+    trainer.train_step(next(trainer.dataloader_train))
+    assert not torch.equal(trainer.companions.head.weight, before)
+
+    trainer = make_trainer(WithHead, tiny_dataset)
+    trainer.run_training()
+    assert {"head", "feature_distance"} <= read_csv(trainer)[0].keys()
+    assert "agreement" not in read_csv(trainer)[0]
+
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    resumed = [make_trainer(WithHead, tiny_dataset, num_epochs=3) for _ in range(2)]
+    steps = []
+    for made in resumed:
+        made.load_checkpoint(str(file))
+        assert torch.equal(made.companions.head.weight, trainer.companions.head.weight)
+        momentum = [t.optimizer.state[t.companions.head.weight]["momentum_buffer"] for t in (made, trainer)]
+        assert torch.equal(*momentum)
+        made.on_train_start()
+        made.network.train()
+        steps.append(made.train_step(next(made.dataloader_train)))
+    assert steps[0] == steps[1]
+
+    monkeypatch.setattr("nnunet_ssl.export.recursive_find_trainer_class_by_name", lambda name: WithHead)
+    assert export_model("701", "3d_fullres", "WithHead", tmp_path / "exported") == {"fold_0": "student"}
+    exported = torch.load(tmp_path / "exported" / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert exported["network_weights"].keys() == trainer.network.state_dict().keys()
+
+
+class SometimesTerms(SemiSupervisedTrainer):
+    """A term in every step, one in every second step, and one from the second epoch on; groups may be empty."""
+
+    def losses(self, batch):
+        yield {"always": self.constant(batch, 1)}
+        yield {"second": self.constant(batch, 2)} if self.step % 2 else {}
+        if self.current_epoch:
+            yield {"late": self.constant(batch, 3)}
+
+    def constant(self, batch, value):
+        return 0 * self.network(batch.image)[0].mean() + value
+
+
+def test_terms_may_be_missing_in_some_steps_or_epochs(tiny_dataset):
+    trainer = make_trainer(SometimesTerms, tiny_dataset)
+    trainer.run_training()
+    first, last = read_csv(trainer)
+    assert (first["always"], first["second"], first["late"]) == ("1.0", "2.0", "")
+    assert (last["always"], last["second"], last["late"]) == ("1.0", "2.0", "3.0")  # means of the steps that have it
+    assert (first["loss"], last["loss"]) == ("2.0", "5.0")
+
+
+def test_a_step_without_any_term_is_refused_in_words(tiny_dataset):
+    trainer = started(SometimesTerms, tiny_dataset)
+    trainer.losses = lambda batch: iter(())
+    with pytest.raises(RuntimeError, match=r"SometimesTerms\.losses gave no term in step 0"):
+        trainer.train_step(next(trainer.dataloader_train))
+
+
+def test_the_log_says_that_pretrained_weights_have_no_heads(tiny_dataset, tmp_path):
+    stock = make_trainer(nnUNetTrainer, tiny_dataset)
+    stock.initialize()
+    for name in ("mean_fg_dice", "ema_fg_dice"):
+        stock.logger.local_logger.my_fantastic_logging[name].append(0.5)
+    stock.save_checkpoint(str(tmp_path / "stock.pth"))
+    said = []
+    for pretrained in (False, True):
+        trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset)
+        trainer.initialize()
+        if pretrained:  # as nnUNetv2_train does
+            load_pretrained_weights(trainer.network, str(tmp_path / "stock.pth"))
+        trainer.on_train_start()
+        said.append("-pretrained_weights leaves out the segmentation heads" in Path(trainer.log_file).read_text())
+    assert said == [False, True]
 
 
 def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_path, monkeypatch):

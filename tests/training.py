@@ -18,14 +18,14 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer
 GaussianBlurTransform._benchmark_wrapper = staticmethod(blur_dimension)
 
 
-def every_trainer() -> list[type[SemiSupervisedTrainer]]:
-    """All trainer classes of the files in trainers/."""
+def every_trainer(paper_settings: bool = False) -> list[type[SemiSupervisedTrainer]]:
+    """All trainer classes of the files in trainers/; those that are named ...Paper change attributes only."""
     found = []
     for file in sorted(Path(trainers_folder()).glob("nnUNetTrainer*.py")):
         module = importlib.import_module(f"nnunet_ssl.trainers.{file.stem}")
         classes = inspect.getmembers(module, inspect.isclass)
         found += [c for name, c in classes if c.__module__ == module.__name__ and issubclass(c, nnUNetTrainer)]
-    return found
+    return [c for c in found if paper_settings or not c.__name__.endswith("Paper")]
 
 
 def make_trainer(trainer: type, dataset: Path, configuration: str = "3d_fullres", fold: int = 0, **settings):

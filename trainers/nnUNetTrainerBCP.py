@@ -5,7 +5,7 @@ same training and hands over its last weights (released: the best on the test sc
 from the first step on and in eval mode, it sees a weak view (spatial augmentation only), the cross entropy is the mean
 over the labeled (pseudo-labeled) voxels of both mixes together (released: the mean of their means), and its labels are
 not reduced to their largest component by default, because that is wrong for classes with several parts and makes a GPU
-wait. The student is deployed, as in the paper.
+wait. The student is deployed, as in the released code.
 """
 
 import torch
@@ -33,23 +33,23 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
 
     def losses(self, batch):
         size, patch, device = len(batch.image), batch.image.shape[2:], batch.image.device
+        # nnU-Net puts the patches with foreground last: the halves take turns, and so do samples that are in both
+        batch = batch.rolled(self.step * ((size + 1) // 2))
         if self.step < self.pretraining * self.max_steps:
             mask = box_mask(size, patch, side=self.box_side, device=device)
             # every sample is the background of one mix and the box of another
             image = mix(batch.image, batch.image.roll(size // 2, 0), mask)
             target = mix(batch.labels, batch.labels.roll(size // 2, 0), mask)
             everything = torch.ones_like(mask)
-            yield {
-                "labeled": masked_loss(self.loss, self.network(image), target, everything),
-                "pseudo": image.new_zeros(()),
-            }
+            yield {"labeled": masked_loss(self.loss, self.network(image), target, everything)}
             return
         with torch.no_grad():
             pseudo = self.hard_labels(logits(self.companions.teacher, batch.unlabeled_weak))
         if self.largest_component:
             pseudo = keep_largest_component(pseudo)
         mask = box_mask((size + 1) // 2, patch, side=self.box_side, device=device)
-        image, target, mask = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
+        mask = torch.cat([mask, ~mask])  # half b is labeled in the box, half a around it
+        image, target = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
         output = self.network(image)
         yield {
             "labeled": masked_loss(self.loss, output, target, mask),

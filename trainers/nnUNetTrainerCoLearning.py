@@ -41,6 +41,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
     rampup = 0.4  # part of the training after which lambda and mu are full; 0: from the start, as in the paper
     cross_entropy = True  # add nnU-Net's cross entropy to the Dice of the labeled scans; False: as in the paper
     box_side = 0.5  # edge of the box as a part of the patch's
+    shared_mask = False  # one box for both mixes, as in Eq. 11 and 12; False: each has its own
     noise = 0.1  # standard deviation of each student's own input noise, in units of the normalized image
     student_backbones = "same"  # "different": student 2 upsamples by interpolation, one EMA teacher per student
     weak_view = True
@@ -81,9 +82,11 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             del outputs, output, peer, terms
 
         truth, annotated = self.as_probabilities(batch.labels, soft.shape[1])
+        mask = None
         for number, student in enumerate(students, start=1):
             # INDMIX: the box of an unlabeled scan in a labeled one for student 1, the reverse for student 2
-            mask = box_mask(size, batch.image.shape[2:], side=self.box_side, device=batch.image.device)
+            if mask is None or not self.shared_mask:
+                mask = box_mask(size, batch.image.shape[2:], side=self.box_side, device=batch.image.device)
             reverse = number == 2
             image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=reverse)
             counts = annotated | (mask if reverse else ~mask)  # every voxel of the unlabeled scan does
@@ -126,6 +129,22 @@ def indmix(labeled, truth, unlabeled, soft, mask, *, reverse: bool):
     if reverse:
         labeled, truth, unlabeled, soft = unlabeled, soft, labeled, truth
     return mix(labeled, unlabeled, mask), mix(truth, soft, mask)
+
+
+class nnUNetTrainerCoLearningPaper(nnUNetTrainerCoLearning):
+    """Co-learning with the paper's settings: weights constant, Dice alone, no noise, one box for both mixes.
+
+    What still differs: optimizer, learning rate, augmentation, patch and batch size are nnU-Net's; Dice is nnU-Net's,
+    without the background, with hard pseudo labels; labeled voxels of a mix have their own labels (Eq. 13 takes those
+    of the unlabeled scan's places); both students have the same architecture and start from the same weights, because
+    the mean of different ones predicts nothing; the teacher's EMA has a warm-up, and it sees a weak view. The paper
+    does not say which network is deployed: student 1, as by default.
+    """
+
+    rampup = 0.0
+    cross_entropy = False
+    noise = 0.0
+    shared_mask = True
 
 
 __getattr__ = epoch_variants(globals())

@@ -5,12 +5,12 @@ released LA script returns masks of ones), the teacher starts as a copy of the s
 network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), the teacher sees a weak
 view (spatial augmentation only), and the last part of the training is on whole patches without the feature terms:
 networks that only ever saw mixed patches did worse on scans, which are not mixed (`unmixed=0.0` in benchmarks/results).
-The student is deployed, as in the paper.
+The student is deployed, as in the released code.
 """
 
 import torch
 
-from nnunet_ssl.losses import feature_cosine, feature_l1, masked_loss
+from nnunet_ssl.losses import feature_cosine, feature_l1, masked_loss, shrink
 from nnunet_ssl.mixing import block_mask, halves, mix_halves
 from nnunet_ssl.networks import forward_with_features, frozen_copy, require_stages, update_ema
 from nnunet_ssl.pseudo_labels import keep_largest_component
@@ -22,11 +22,12 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     """M3HL: labeled and unlabeled scans mixed by random block masks, feature consistency with an EMA teacher."""
 
     mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
-    mask_ratio = 0.5  # part of the cells that half a takes from unlabeled images; half b has the complement
+    mask_ratio = 0.5  # part of the cells of an unlabeled image that is masked and filled from a labeled one (Eq. 2)
+    complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
     unmixed = 0.6  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
-    feature_pairs = "all"  # mixed and unlabeled halves that are compared: "all" four, or "matched" (a-a and b-b)
+    feature_pairs = "matched"  # features are compared where both images show the same voxels; "all": Eq. 4 and 5
     largest_component = False  # clean pseudo labels: keep the largest component per class
     teacher_decay = 0.99  # of the EMA, per step, after the warm-up
     weak_view = True
@@ -40,43 +41,55 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
 
     def losses(self, batch):
         half = (len(batch.image) + 1) // 2
+        # nnU-Net puts the patches with foreground last: the halves take turns, and so do samples that are in both
+        batch = batch.rolled(self.step * half)
         if self.step < (1 - self.unmixed) * self.max_steps:
             yield self.mixed(batch, half)
         else:
             yield self.whole(batch, half)
 
     def mixed(self, batch, half):
-        """Terms of the paper: half a and half b mixed by masks and their complements."""
+        """Terms of the paper: half a and half b mixed by masks."""
         pseudo, target_features = self.teach(batch.unlabeled_weak, self.feature_weight > 0)
-        size, device = batch.image.shape[2:], batch.image.device
-        mask = block_mask(half, size, cells=self.mask_cells, ratio=self.mask_ratio, device=device)
-        image, target, mask = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
+        mask = self.draw_masks(half, batch.image)
+        image, target = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
         output, features = self.forward(self.network, image, self.feature_weight > 0)
         terms = {
             "labeled": masked_loss(self.loss, output, target, mask),
             "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask),
         }
         if self.feature_weight:
-            a, b = slice(0, half), slice(half, None)
-            pairs = [(a, a), (b, b)] + ([(a, b), (b, a)] if self.feature_pairs == "all" else [])
-            # the terms above are means over both halves where Eq. 3 has sums: hence 1/2
-            weight = self.feature_weight / 2 / len(pairs)
-            (low, high), (target_low, target_high) = features, map(halves, target_features)
-            terms["low"] = weight * sum(feature_l1(low[s], target_low[t]) for s, t in pairs)
-            terms["high"] = weight * sum(feature_cosine(high[s], target_high[t]) for s, t in pairs)
+            terms |= self.feature_terms(features, [halves(target) for target in target_features], ~mask, half)
+        return terms
+
+    def draw_masks(self, half, image):
+        """Masks of both halves, 1 where the labeled image is; `mask_ratio` counts those cells."""
+        count = half if self.complementary_halves else 2 * half
+        mask = block_mask(count, image.shape[2:], cells=self.mask_cells, ratio=1 - self.mask_ratio, device=image.device)
+        return torch.cat([mask, ~mask]) if self.complementary_halves else mask
+
+    def feature_terms(self, features, targets, unlabeled, half):
+        """L_low and L_high: student on mixed images, teacher on unlabeled ones; mask of the voxels that both show."""
+        pairs = (0, half) if self.feature_pairs == "all" else (0,)  # offset of the unlabeled sample in a and b
+        # the other terms are means over both halves where Eq. 3 has sums: hence 1/2
+        weight = self.feature_weight / 2 / len(pairs)
+        terms = {}
+        for name, distance, own, target in zip(
+            ("low", "high"), (feature_l1, feature_cosine), features, targets, strict=True
+        ):
+            same = None if self.feature_pairs == "all" else shrink(unlabeled, own)
+            terms[name] = weight * sum(distance(own, target.roll(offset, 0), same) for offset in pairs)
         return terms
 
     def whole(self, batch, half):
-        """The same terms of unmixed patches: half a is labeled scans, half b is unlabeled ones."""
+        """Unmixed patches: half a is labeled scans, half b is unlabeled ones."""
         pseudo, _ = self.teach(batch.unlabeled_weak[-half:], False)
         output = self.network(torch.cat([batch.image[:half], batch.unlabeled[-half:]]))
         everything = torch.ones_like(batch.image[:half, :1], dtype=torch.bool)
-        terms = {
+        return {
             "labeled": masked_loss(self.loss, rows(output, slice(0, half)), batch.labels[:half], everything),
             "pseudo": self.pseudo_weight * masked_loss(self.loss, rows(output, slice(half, None)), pseudo, everything),
         }
-        features = {"low": batch.image.new_zeros(()), "high": batch.image.new_zeros(())}
-        return terms | features if self.feature_weight else terms
 
     def teach(self, image, with_features):
         """The teacher's hard labels and, if asked for, its features."""
@@ -106,6 +119,23 @@ class nnUNetTrainerM3(nnUNetTrainerM3HL):
 
     feature_weight = 0.0
     unmixed = 0.4
+
+
+class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):
+    """M3HL with the paper's settings: mixed to the end, lambda and alpha 0.5, all four pairs of feature maps.
+
+    What still differs: optimizer, learning rate, augmentation, patch and batch size are nnU-Net's; half b has the
+    complement of half a's masks, as in the released code for ACDC (Eq. 2: "similarly"); L_low (Eq. 4) is a mean over
+    the feature map; features are taken in the encoder, as the paper says, where the released code has the decoder's;
+    the weights of labeled and pseudo-labeled voxels are those of the released code, because Eq. 3 swaps them; the
+    teacher starts as a copy, is in eval mode and sees a weak view. The paper does not say which network is deployed;
+    the released code keeps the student, and so do we.
+    """
+
+    unmixed = 0.0
+    pseudo_weight = 0.5
+    feature_weight = 0.5
+    feature_pairs = "all"
 
 
 __getattr__ = epoch_variants(globals())
