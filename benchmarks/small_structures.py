@@ -4,7 +4,7 @@
     python benchmarks/small_structures.py -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 --label before
     python benchmarks/small_structures.py -tr nnUNetTrainerM3HL --seeds 0 1 2 --label after    # with other code
 
-A patch is a 27th of a scan, so a random one seldom has a lesion in it: what a method learns from depends on the
+A patch is a 16th of a scan, so a random one seldom has a lesion in it: what a method learns from depends on the
 patches that nnU-Net puts on foreground, the last third of every batch. How many of those it uses is counted: a labeled
 patch is used where the loss has a gradient with respect to it.
 
@@ -45,9 +45,9 @@ CASES = {"labeled": 6, "validation": 2, "unlabeled": 24, "test": 20}
 SEED = 0  # of the scans
 SHAPE = (60, 60, 60)  # voxels
 LARGEST_FRACTION = 0.002  # of a scan's voxels that are lesion
-LESION = 65  # brightness above the background, whose mean is 100
-TEXTURE, NOISE = 10, 15  # standard deviations of the background's smooth texture and of the noise
-PATCH, FEATURES, BATCH_SIZE = (20, 20, 20), (8, 16, 32), 2
+LESION = 80  # brightness above the background, whose mean is 100
+TEXTURE, NOISE = 10, 10  # standard deviations of the background's smooth texture and of the noise
+PATCH, FEATURES, BATCH_SIZE = (24, 24, 24), (8, 16, 32), 2
 STEPS_PER_EPOCH = 250
 RUN = ["trainer", "label", "steps", "seed"]  # what identifies a row of the table
 COUNTS = ["used", "used_with_foreground"]  # labeled patches of the training
@@ -56,7 +56,7 @@ ALL_NEIGHBOURS = np.ones((3, 3, 3))
 
 
 def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A scan with one to three round lesions, among vessels and large balls that are as bright; float32 and uint8."""
+    """A scan with one to three round lesions, among vessels and large balls that are half as bright; float32 and uint8."""
     lesions, others = np.zeros(SHAPE, bool), np.zeros(SHAPE)
     number = rng.integers(1, 4)
     while ndimage.label(lesions)[1] < number:
@@ -66,10 +66,10 @@ def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(rng.integers(2, 4)):
         offset, along = grid(SHAPE, rng.uniform(0, SHAPE)), direction(rng)
         across = np.linalg.norm(offset - np.multiply.outer(along, np.tensordot(along, offset, 1)), axis=0)
-        others[across < rng.uniform(1.5, 3)] = rng.uniform(0.8, 1.4)
+        others[across < rng.uniform(1.5, 3)] = rng.uniform(0.3, 0.6)
     for _ in range(rng.integers(1, 3)):
         ball = ellipsoid(SHAPE, rng.uniform(0, SHAPE), rng.uniform(5, 9, 3), np.eye(3)) < 1
-        others[ball] = rng.uniform(0.8, 1.4)
+        others[ball] = rng.uniform(0.3, 0.6)
     bright = np.where(lesions, rng.uniform(0.8, 1.2), others)
     image = 100 + LESION * ndimage.gaussian_filter(bright, 0.6)
     image += TEXTURE * smooth_noise(rng, SHAPE, 4) + NOISE * rng.standard_normal(SHAPE)
