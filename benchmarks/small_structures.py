@@ -56,7 +56,7 @@ ALL_NEIGHBOURS = np.ones((3, 3, 3))
 
 
 def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A scan with one to three round lesions, among vessels and large balls that are half as bright; float32 and uint8."""
+    """A scan with one to three round lesions, among vessels and large balls half as bright; float32 and uint8."""
     lesions, others = np.zeros(SHAPE, bool), np.zeros(SHAPE)
     number = rng.integers(1, 4)
     while ndimage.label(lesions)[1] < number:

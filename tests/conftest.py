@@ -16,7 +16,7 @@ for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
     os.environ[_name] = str(_folder)
 os.environ["nnUNet_n_proc_DA"] = "0"  # no worker processes
 os.environ["nnUNet_compile"] = "0"
-os.environ["OMP_NUM_THREADS"] = "1"  # threads of tiny networks wait for each other, four times as long on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"  # threads of tiny networks wait for each other most of the time
 register()
 
 
