@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast; for CPUs that have it")
     args = parser.parse_args()
     pairs = [setting.split("=", 1) for setting in args.settings]
-    args.settings = {key: _literal(value) for key, value in pairs}
+    args.settings = {key: literal(value) for key, value in pairs}
     torch.set_num_threads(args.threads)
 
     dataset = maybe_convert_to_dataset_name(int(args.dataset))
@@ -293,7 +293,7 @@ def main() -> None:
                 print(f"{name}, fold {fold}, {network}: Dice {dice:.2f}", flush=True)
 
 
-def _literal(value: str):
+def literal(value: str):
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):  # a plain word

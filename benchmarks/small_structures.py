@@ -28,7 +28,7 @@ os.environ.setdefault("nnUNet_compile", "0")
 import numpy as np
 import SimpleITK as sitk
 import torch
-from la import use_channels_last
+from la import literal, use_channels_last
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
@@ -126,6 +126,10 @@ def train(args, trainer_name: str, seed: int) -> Path:
     trainer.num_iterations_per_epoch = STEPS_PER_EPOCH
     trainer.num_epochs = args.steps // STEPS_PER_EPOCH
     trainer.num_val_iterations_per_epoch = 5  # monitoring only
+    for key, value in args.settings.items():
+        if not hasattr(trainer, key):
+            raise SystemExit(f"{trainer_name} has no setting {key}.")
+        setattr(trainer, key, value)
     trainer.output_folder_base, trainer.output_folder = str(model), str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trainer.log_file = str(folder / Path(trainer.log_file).name)
@@ -237,8 +241,10 @@ def main() -> None:
     parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerM3HL"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--label", required=True, help="which code this is, for the table")
+    parser.add_argument("--label", required=True, help="which code or settings these are, for the table")
+    parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
+    args.settings = {key: literal(value) for key, value in (setting.split("=", 1) for setting in args.settings)}
     if args.steps % STEPS_PER_EPOCH:
         parser.error(f"--steps must be a multiple of {STEPS_PER_EPOCH}.")
     torch.set_num_threads(1)

@@ -34,8 +34,10 @@ def _trainers(options) -> None:
     if options.path:
         print(trainers_folder())
         return
-    for name, description in list_trainers():
-        print(f"{name:<28}{description}")
+    found = list_trainers()
+    width = max(len(name) for name, _ in found) + 1
+    for name, description in found:
+        print(f"{name:<{width}}{description}")
 
 
 def _convert(options) -> None:

@@ -131,7 +131,7 @@ def group(leader: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
-                state, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+                state, _, number = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
             except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
                 continue
             if int(number) == leader and state != "Z":
@@ -182,8 +182,8 @@ def check(fault: Fault, dataset: Path, results: Path) -> tuple[str, list[str]]:
         fault.repair(folder, dataset)
     continued = start(dataset, results, continued=True, workers=fault.workers)
     if finish(continued) != 0:
-        problems.append(f"the continued training failed: {continued.log.read_text()[-300:]}")
-    text = process.log.read_text() + continued.log.read_text()
+        problems.append(f"the continued training failed: {continued.log.read_text(encoding='utf-8')[-300:]}")
+    text = process.log.read_text(encoding="utf-8") + continued.log.read_text(encoding="utf-8")
     if fault.says not in text:
         problems.append(f"nobody said {fault.says!r}")
     if group(continued.pid):

@@ -84,7 +84,9 @@ def dataset(source):
 
 
 def splits():
-    return json.loads((Path(paths.nnUNet_preprocessed) / "Dataset971_ACDC" / "splits_final.json").read_text())
+    return json.loads(
+        (Path(paths.nnUNet_preprocessed) / "Dataset971_ACDC" / "splits_final.json").read_text(encoding="utf-8")
+    )
 
 
 def names(folder):
@@ -96,7 +98,7 @@ def test_cases_are_named_by_the_true_frame_numbers_of_info_cfg(dataset):
     assert names(dataset / "imagesTr") == names(dataset / "labelsTr") == train
     test = {f"patient{n:03d}_frame{f:02d}" for n in (11, 13) for f in PATIENTS[n]}
     assert names(dataset / "imagesTs") == names(dataset / "labelsTs") == test
-    description = json.loads((dataset / "dataset.json").read_text())
+    description = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     assert description["labels"] == {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
     assert description["numTraining"] == 12
 
@@ -293,7 +295,7 @@ def test_a_converted_dataset_trains_in_2d_and_3d_and_predicts(dataset):
         seed()
         trainer = make_trainer(nnUNetTrainerM3HL, folder, configuration)
         trainer.run_training()
-        assert "Cases: 4 labeled, 20 unlabeled, 4 for validation." in Path(trainer.log_file).read_text()
+        assert "Cases: 4 labeled, 20 unlabeled, 4 for validation." in Path(trainer.log_file).read_text(encoding="utf-8")
         predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
         image = np.random.default_rng(0).standard_normal((1, *SHAPE)).astype(np.float32)

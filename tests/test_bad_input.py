@@ -75,7 +75,7 @@ def folds(folder: Path, text) -> None:
 
 
 def change(file: Path, edit) -> None:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     edit(content)
     file.write_text(json.dumps(content))
 
@@ -486,7 +486,7 @@ def test_the_table_names_every_mistake_its_message_and_its_test():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tests.parent).stdout.splitlines()
     collected = {line.removeprefix("tests/") for line in listed if "::" in line}
-    lines = (tests.parent / "docs" / "bad_input.md").read_text().splitlines()
+    lines = (tests.parent / "docs" / "bad_input.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     rows = [row for row in rows if "::" in row[-1]]
     named = {}

@@ -120,13 +120,13 @@ def test_every_command_has_help(capsys):
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_exit_code_1(line, words, tiny_dataset, capsys):
-    before = (tiny_dataset / "splits_final.json").read_text()
+    before = (tiny_dataset / "splits_final.json").read_text(encoding="utf-8")
     assert main(line.split()) == 1
     output = capsys.readouterr()
     assert words in output.err
     assert "Traceback" not in output.err
     assert output.err.startswith(f"nnunet-ssl {line.split()[0]}: ")
-    assert (tiny_dataset / "splits_final.json").read_text() == before
+    assert (tiny_dataset / "splits_final.json").read_text(encoding="utf-8") == before
 
 
 def test_doctor_finds_the_tiny_dataset_ready(tiny_dataset, capsys):

@@ -102,7 +102,7 @@ def fake(monkeypatch, tmp_path):
 
     def calls():
         file = tmp_path / "calls"
-        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         file.unlink(missing_ok=True)
         return lines
 
@@ -140,13 +140,13 @@ def test_every_trainer_is_predicted_evaluated_and_listed(trained, fake, capsys):
     assert float(rows["nnUNetTrainerM3"]["Dice_percent_sd"]) == pytest.approx(expected.std(ddof=1))
     assert {row["cases"] for row in rows.values()} == {"3"}
     shown = capsys.readouterr().out
-    assert (out(trained) / "comparison.md").read_text() in shown
+    assert (out(trained) / "comparison.md").read_text(encoding="utf-8") in shown
     assert "73.89 ± 6.74" in shown
     for said in ("strict", "in mm", "Wilcoxon", "against nnUNetTrainer", "with mirroring", "fold 0"):
         assert said in shown
-    assert "booktabs" in (out(trained) / "comparison.tex").read_text()
+    assert "booktabs" in (out(trained) / "comparison.tex").read_text(encoding="utf-8")
     assert (out(trained) / "comparison.png").stat().st_size > 10_000
-    assert "nnUNetv2_predict" in (out(trained) / "logs" / "nnUNetTrainer_fold_0.log").read_text()
+    assert "nnUNetv2_predict" in (out(trained) / "logs" / "nnUNetTrainer_fold_0.log").read_text(encoding="utf-8")
 
 
 def test_the_folder_cannot_be_taken_for_a_model(trained, fake):
@@ -184,7 +184,7 @@ def test_predictions_of_another_checkpoint_other_settings_or_other_labels_are_ma
     compare("--disable_tta")
     assert len(fake()) == 3
     folder = out(trained) / "predictions" / "nnUNetTrainerM3HL_fold_0"
-    described = json.loads((folder / "settings.json").read_text())
+    described = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     (folder / "settings.json").write_text(json.dumps(described | {"protocol": "la-literature"}))
     compare("--disable_tta")
     assert fake() == ["nnUNetv2_predict nnUNetTrainerM3HL --disable_tta"]
@@ -306,7 +306,7 @@ def test_a_trainer_that_breaks_fails_its_row_not_the_sweep(trained, fake, monkey
     assert reason.lower() in rows["nnUNetTrainerM3"]["failure"].lower()
     log = out(trained) / "logs" / "nnUNetTrainerM3_fold_0.log"
     assert str(log) in rows["nnUNetTrainerM3"]["failure"]
-    assert "Traceback" in log.read_text()
+    assert "Traceback" in log.read_text(encoding="utf-8")
     assert rows["nnUNetTrainerM3"]["Dice_percent_mean"] == ""
     assert float(rows["nnUNetTrainerM3HL"]["Dice_percent_mean"]) == 100
     assert float(rows["nnUNetTrainerM3HL"]["wilcoxon_p"]) == pytest.approx(0.25)
@@ -551,8 +551,10 @@ def test_a_command_ends_with_the_process_that_started_it_even_if_that_is_killed(
     code = "from pathlib import Path; from nnunet_ssl.commands import execute; import sys; "
     code += f"execute(Path(sys.executable).name, ['-c', {program!r}], Path('log'))"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    wait_until(lambda: all((tmp_path / n).is_file() and (tmp_path / n).read_text() for n in ("pid", "child")))
-    started = [int((tmp_path / name).read_text()) for name in ("pid", "child")]
+    wait_until(
+        lambda: all((tmp_path / n).is_file() and (tmp_path / n).read_text(encoding="utf-8") for n in ("pid", "child"))
+    )
+    started = [int((tmp_path / name).read_text(encoding="utf-8")) for name in ("pid", "child")]
     assert all(map(alive, started))
     parent.kill()
     parent.wait()
@@ -569,7 +571,7 @@ def wait_until(true, seconds=60):
 def alive(pid):
     state = Path(f"/proc/{pid}/stat")
     try:
-        return state.read_text().rpartition(")")[2].split()[0] != "Z"
+        return state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -578,13 +580,13 @@ def test_the_end_of_a_command_is_told(tmp_path):
     python = Path(sys.executable).name
     for code, expected in (("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9), ("print(7)", 0)):
         assert execute(python, ["-c", code], tmp_path / "log") == expected
-    assert (tmp_path / "log").read_text() == "7\n"
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "7\n"
 
 
 def test_nothing_that_a_user_writes_reaches_a_shell(tmp_path):
     words = ["-c", "import sys; print(sys.argv[1:])", "$(touch here)", "; touch here", "a b"]
     execute(Path(sys.executable).name, words, tmp_path / "log")
-    assert (tmp_path / "log").read_text().strip() == repr(words[2:])
+    assert (tmp_path / "log").read_text(encoding="utf-8").strip() == repr(words[2:])
 
 
 # ---- cluster ----
@@ -600,7 +602,7 @@ def test_jobs_run_through_submitits_local_executor(tmp_path, monkeypatch):
     killed = cluster.run_jobs(executor, signal.raise_signal, {"killed": int(signal.SIGKILL)})["killed"]
     assert "ended without a result" in killed
     assert Path(killed.rpartition("log: ")[2]).parent == tmp_path / "jobs"
-    assert "hello" in "".join(file.read_text() for file in (tmp_path / "jobs").glob("*.out"))
+    assert "hello" in "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "jobs").glob("*.out"))
 
 
 @pytest.fixture
@@ -635,7 +637,7 @@ def test_what_is_queued_is_not_submitted_again(trained, fake, slurm, monkeypatch
     (slurm / "state").write_text("PENDING")
     with pytest.raises(Interrupted):
         compare(*words, trainers=THREE[:2])
-    script = (slurm / "submitted").read_text()
+    script = (slurm / "submitted").read_text(encoding="utf-8")
     assert script.count("--partition=gpu") == 2
     assert script.count("--time=60") == 2
     assert "--mem=8GB" in script
@@ -643,7 +645,9 @@ def test_what_is_queued_is_not_submitted_again(trained, fake, slurm, monkeypatch
     (slurm / "state").write_text("RUNNING")
     with pytest.raises(Interrupted):
         compare(*words, trainers=THREE)
-    assert (slurm / "submitted").read_text().count("--partition=gpu") == 3  # only the third trainer's is new
+    assert (slurm / "submitted").read_text(encoding="utf-8").count(
+        "--partition=gpu"
+    ) == 3  # only the third trainer's is new
     assert "nnUNetTrainer_fold_0 is job 1001 already, running" in capsys.readouterr().out
 
     assert compare(*words, "--disable_tta", trainers=THREE[:1]) == 1
@@ -653,7 +657,7 @@ def test_what_is_queued_is_not_submitted_again(trained, fake, slurm, monkeypatch
 
     (slurm / "state").write_text("FAILED")
     assert compare(*words, trainers=THREE[:1]) == 1
-    assert (slurm / "submitted").read_text().count("--partition=gpu") == 4
+    assert (slurm / "submitted").read_text(encoding="utf-8").count("--partition=gpu") == 4
     assert "job 1004 (failed): ended without a result" in table(trained)["nnUNetTrainer"]["failure"]
     assert fake() == []  # nothing ran here
 
@@ -700,7 +704,7 @@ def test_nnunet_trains_and_predicts_in_a_job_of_submitit_and_nothing_is_left_to_
     dice = [100 * float(row["Dice"]) for row in rows]
     assert [row["case"] for row in rows] == ["test_000", "test_001", "test_002"]
     assert f"| nnUNetTrainerOwn | {np.mean(dice):.2f} ± {np.std(dice, ddof=1):.2f} |" in shown
-    log = (tmp_path / "out" / "logs" / "nnUNetTrainerOwn_fold_0.log").read_text()
+    log = (tmp_path / "out" / "logs" / "nnUNetTrainerOwn_fold_0.log").read_text(encoding="utf-8")
     assert "$ nnUNetv2_train 803 3d_fullres 0 -tr nnUNetTrainerOwn" in log
     assert "Training done." in log
     assert list((tmp_path / "out" / "jobs").glob("*.out"))

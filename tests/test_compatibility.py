@@ -50,7 +50,7 @@ def tiny_special_dataset() -> Path:
         706, "TinySpecial", cases=5, unlabeled=2, test=1, channels=2, shape=(10, 30, 32), spacing=(4.0, 1.0, 1.0)
     )
     folder = plan(706, ["3d_fullres"], {"3d_fullres": (4, 16, 16)}, batch_size=3, preprocess_cases=False)
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8"))
     full = plans["configurations"]["3d_fullres"]
     full |= {"batch_dice": True, "use_mask_for_norm": [True, False]}
     low = {"data_identifier": "nnUNetPlans_3d_lowres", "spacing": [4.0, 2.0, 2.0], "patch_size": [4, 12, 16]}
@@ -185,7 +185,7 @@ def test_without_deep_supervision(trainer_class, tiny_dataset):
 def test_batch_of_one(trainer_class, tiny_dataset, tmp_path, monkeypatch):
     copy = tmp_path / tiny_dataset.name
     shutil.copytree(tiny_dataset, copy)
-    plans = json.loads((copy / "nnUNetPlans.json").read_text())
+    plans = json.loads((copy / "nnUNetPlans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["batch_size"] = 1
     (copy / "nnUNetPlans.json").write_text(json.dumps(plans))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
@@ -275,7 +275,7 @@ def test_weights_and_biases(trainer_class, tiny_dataset, monkeypatch):
     monkeypatch.setenv("nnUNet_wandb_mode", "offline")
     trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=1)
     trainer.run_training()
-    columns = (Path(trainer.output_folder) / "losses.csv").read_text().splitlines()[0].split(",")[1:]
+    columns = (Path(trainer.output_folder) / "losses.csv").read_text(encoding="utf-8").splitlines()[0].split(",")[1:]
     observed = [name for name in columns if name in NAMES or name.startswith("dice_")]
     groups = {name: "semi_supervised" if name in observed else "losses" for name in columns}
     assert set(groups.values()) == {"semi_supervised", "losses"}
@@ -295,7 +295,7 @@ def test_options_of_the_training_command(trainer_class, tiny_dataset, in_process
     train("0", export_validation_probabilities=True)  # --npz
     validation, final = model / "fold_0" / "validation", model / "fold_0" / "checkpoint_final.pth"
     assert [f.name for f in validation.glob("*.npz")] == ["case_002.npz"]
-    assert len(json.loads((validation / "summary.json").read_text())["metric_per_case"]) == 1
+    assert len(json.loads((validation / "summary.json").read_text(encoding="utf-8"))["metric_per_case"]) == 1
     for options in ({}, {"val_with_best": True}):  # --val, --val_best
         shutil.rmtree(validation)
         train("0", only_run_validation=True, **options)
@@ -350,7 +350,9 @@ def test_best_configuration_and_ensemble_of_two_trainers(tiny_dataset, in_proces
         run_training("701", "3d_fullres", "0", name, export_validation_probabilities=True, device=torch.device("cpu"))
         models.append({"plans": "nnUNetPlans", "configuration": "3d_fullres", "trainer": name})
     find_best_configuration(701, tuple(models), num_processes=1, folds=(0,))
-    information = json.loads(Path(nnUNet_results, tiny_dataset.name, "inference_information.json").read_text())
+    information = json.loads(
+        Path(nnUNet_results, tiny_dataset.name, "inference_information.json").read_text(encoding="utf-8")
+    )
     names = list(information["all_results"])
     assert len(names) == 3  # both and their ensemble
     assert any("M3" in name and "MeanTeacher" in name for name in names)
@@ -371,8 +373,8 @@ GaussianBlurTransform._benchmark_wrapper = staticmethod(blur_dimension)  # it ta
 torch.set_num_threads(1)
 torch.manual_seed(0), np.random.seed(0), random.seed(0)
 folder = Path(sys.argv[1])
-plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {{"continue_training": False}}
-dataset = json.loads((folder / "dataset.json").read_text())
+plans = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8")) | {{"continue_training": False}}
+dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
 stock = recursive_find_trainer_class_by_name("nnUNetTrainer")
 trainer = stock(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
 trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 3, 1
@@ -402,7 +404,7 @@ def test_the_stock_trainer_is_as_it_was(tiny_dataset, tmp_path):
         command = [sys.executable, "-c", STOCK.format(block=block), str(tiny_dataset), str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        *values, loaded = json.loads(file.read_text())
+        *values, loaded = json.loads(file.read_text(encoding="utf-8"))
         assert "nnunet_ssl.trainer" not in loaded
         results.append(values)
     assert results[0] == results[1]
@@ -416,7 +418,7 @@ def test_the_table_names_a_test_for_every_trainer_and_feature():
     for name in (line.removeprefix("tests/") for line in listed if "::" in line):
         function, _, parameters = name.partition("[")
         collected.setdefault(function, []).append(set(parameters.rstrip("]").split("-")))
-    lines = (tests.parent / "docs" / "compatibility.md").read_text().splitlines()
+    lines = (tests.parent / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     trainers = rows[0][2:]
     assert {f"nnUNetTrainer{name}" for name in trainers} == {t.__name__ for t in every_trainer()}
@@ -425,7 +427,11 @@ def test_the_table_names_a_test_for_every_trainer_and_feature():
         test = test.strip("`")
         named.add(test)
         assert test in collected, f"{test} does not exist"
-        source = (tests / test.partition("::")[0]).read_text().partition(f"def {test.partition('::')[2]}(")[2]
+        source = (
+            (tests / test.partition("::")[0])
+            .read_text(encoding="utf-8")
+            .partition(f"def {test.partition('::')[2]}(")[2]
+        )
         assert len(cells) in (0, len(trainers))
         for name, cell in zip(trainers, cells, strict=False):
             assert cell in ("yes", "refused")

@@ -119,7 +119,7 @@ def test_the_dataset_is_laid_out_as_nnunet_wants_it_and_unlabeled_scans_have_no_
     }
     for kind in ("Tr", "Ts"):
         assert [name.replace("_0000", "") for name in names[f"images{kind}"]] == names[f"labels{kind}"]
-    description = json.loads((tmp_path / "dataset.json").read_text())
+    description = json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))
     assert description["numTraining"] == 4
     assert description["labels"] == {"background": 0, "organ": 1}
 
@@ -141,14 +141,14 @@ def test_nnunet_plans_the_dataset_and_builds_the_small_network(monkeypatch):
     monkeypatch.setitem(demo.CASES, "unlabeled", 1)
     demo.write_dataset(Path(paths.nnUNet_raw) / demo.DATASET)
     file = plan(int(demo.DATASET[7:10]), (), preprocess_cases=False) / "nnUNetPlans.json"
-    planned = json.loads(file.read_text())["configurations"]["3d_fullres"]
+    planned = json.loads(file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
     demo.add_configuration(file)
     demo.add_configuration(file)  # as a demo that goes on may do
 
     plans = PlansManager(str(file))
     small, full = plans.get_configuration(demo.CONFIGURATION), plans.get_configuration("3d_fullres")
     assert small.data_identifier == full.data_identifier
-    assert json.loads(file.read_text())["configurations"]["3d_fullres"] == planned
+    assert json.loads(file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"] == planned
     assert small.network_arch_init_kwargs["features_per_stage"] == [8, 16, 32]
     network = get_network_from_plans(
         small.network_arch_class_name,
@@ -218,7 +218,7 @@ def test_output_goes_to_the_log_and_settings_to_the_environment(tmp_path):
     code = "import os, sys; print(os.environ['A'], os.environ['B']); print('error', file=sys.stderr)"
     ticks = []
     demo.run(python("show", code, B="2"), tmp_path / "logs" / "show.log", {"A": "1", "B": "1"}, lambda: ticks.append(1))
-    assert sorted((tmp_path / "logs" / "show.log").read_text().split()) == ["1", "2", "error"]
+    assert sorted((tmp_path / "logs" / "show.log").read_text(encoding="utf-8").split()) == ["1", "2", "error"]
     assert ticks
 
 
@@ -269,7 +269,7 @@ def test_a_demo_that_failed_goes_on_behind_the_last_finished_command(tmp_path, m
         (output / "predictions" / trainer).mkdir(parents=True)
         (output / "predictions" / trainer / "summary.json").write_text(json.dumps(summary))
     demo.demo(output)
-    assert (tmp_path / "runs").read_text() == "x"
+    assert (tmp_path / "runs").read_text(encoding="utf-8") == "x"
     printed = capsys.readouterr().out
     assert "finished before" in printed
     assert f"| {demo.TRAINERS[0]} | 4 | 0 | 70.0 | 50.0 |" in printed

@@ -190,7 +190,7 @@ def test_unlabeled_cases_of_a_fold_must_be_preprocessed(capsys, dataset):
 
 def test_cases_that_other_plans_have_preprocessed_fail(capsys, dataset):
     touch(dataset / "plans_3d_unlabeled", *case_files("u_0"))
-    plans = json.loads((dataset / "nnUNetPlans.json").read_text())
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["spacing"] = [2, 1, 1]
     (dataset / "nnUNetPlans.json").write_text(json.dumps(plans))
     assert doctor("901", ["3d_fullres"]) == 1

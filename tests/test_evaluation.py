@@ -208,7 +208,7 @@ def test_a_folder_is_evaluated_by_case_and_region(folders, capsys):
     assert float(rows["case_1", "whole"]["Dice"]) == 1  # what lies in ignored voxels does not count
     assert float(rows["case_2", "core"]["Dice"]) == 0
 
-    summary = json.loads((folders / "prediction" / "evaluation.json").read_text())
+    summary = json.loads((folders / "prediction" / "evaluation.json").read_text(encoding="utf-8"))
     core = summary["labels"]["core"]
     assert core["Dice"]["mean"] == pytest.approx((expected["Dice"] + 1 + 0) / 3)
     assert core["Dice"]["worst"] == 0
@@ -231,7 +231,7 @@ def test_the_protocols_differ_in_components_empty_predictions_and_unit(folders, 
     for case, array in (("case_1", core), ("case_0", np.zeros(SHAPE)), ("case_2", np.zeros(SHAPE))):
         write(array, folders / "prediction" / f"{case}.nii.gz")
     assert run(folders, f"--protocol {protocol} -o {folders}/out") == 0
-    summary = json.loads((folders / "out" / "evaluation.json").read_text())
+    summary = json.loads((folders / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert summary["protocol"] == protocol
     with open(folders / "out" / "evaluation.csv", newline="") as f:
         rows = {(row["case"], row["label"]): row for row in csv.DictReader(f)}
@@ -257,7 +257,7 @@ def test_an_unknown_protocol_is_refused_with_the_names_of_all(folders, capsys):
 
 def test_the_means_are_those_of_nnunets_own_evaluation(folders):
     assert run(folders) == 0
-    ours = json.loads((folders / "prediction" / "evaluation.json").read_text())["labels"]
+    ours = json.loads((folders / "prediction" / "evaluation.json").read_text(encoding="utf-8"))["labels"]
     for name, region in (("whole", (1, 2)), ("core", 2)):
         pairs = [[str(folders / k / f"case_{i}.nii.gz") for k in ("reference", "prediction")] for i in range(3)]
         theirs = [compute_metrics(*pair, SimpleITKIO(), [region], 3)["metrics"][region] for pair in pairs]

@@ -31,5 +31,5 @@ def test_the_committed_baseline_is_not_worse_than_the_committed_results(monkeypa
     monkeypatch.setattr(sys, "argv", ["guard.py"])
     runpy.run_path(str(BENCHMARKS / "guard.py"), run_name="__main__")
     assert "No ratio" in capsys.readouterr().out
-    baseline = json.loads((BENCHMARKS / "baseline.json").read_text())
+    baseline = json.loads((BENCHMARKS / "baseline.json").read_text(encoding="utf-8"))
     assert len(baseline["la_quick, cpu"]) >= 14  # step and memory of every trainer

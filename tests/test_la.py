@@ -102,7 +102,7 @@ def test_without_lists_the_published_ones_are_converted(root):
     raw = la.convert(root / "source", 501)
     assert len(list((raw / "imagesTr").iterdir())) == 80
     assert len(list((raw / "imagesTs").iterdir())) == 20
-    folds = json.loads((root / "preprocessed" / "Dataset501_LA" / "splits_final.json").read_text())
+    folds = json.loads((root / "preprocessed" / "Dataset501_LA" / "splits_final.json").read_text(encoding="utf-8"))
     assert [(len(fold["train"]), len(fold.get("unlabeled", []))) for fold in folds] == [
         (8, 64),
         (4, 68),
@@ -169,7 +169,7 @@ def test_original_files_win_over_h5_made_from_them(nrrd):
 
 def test_dataset_json_and_files_are_what_nnunet_expects(nrrd):
     raw = convert(nrrd)
-    content = json.loads((raw / "dataset.json").read_text())
+    content = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     assert content["channel_names"] == {"0": "MRI"}
     assert content["labels"] == {"background": 0, "left atrium": 1}
     assert (content["numTraining"], content["file_ending"]) == (12, ".nii.gz")
@@ -187,7 +187,7 @@ def test_dataset_json_and_files_are_what_nnunet_expects(nrrd):
 def test_folds_are_first_n_labeled_last_eight_validation_rest_unlabeled(nrrd):
     convert(nrrd, labeled=(2, 1, 3))
     val = ["TRAIN04", "TRAIN05", "TRAIN06", "TRAIN07", "TRAIN08", "TRAIN09", "TRAIN10", "TRAIN11"]
-    assert json.loads((nrrd / "preprocessed" / "Dataset501_LA" / "splits_final.json").read_text()) == [
+    assert json.loads((nrrd / "preprocessed" / "Dataset501_LA" / "splits_final.json").read_text(encoding="utf-8")) == [
         {"train": ["TRAIN00", "TRAIN01"], "val": val, "unlabeled": ["TRAIN02", "TRAIN03"]},
         {"train": ["TRAIN00"], "val": val, "unlabeled": ["TRAIN01", "TRAIN02", "TRAIN03"]},
         {"train": ["TRAIN00", "TRAIN01", "TRAIN02"], "val": val, "unlabeled": ["TRAIN03"]},
@@ -222,8 +222,8 @@ def test_missing_cases_may_be_allowed(nrrd, capsys):
         file.unlink()
     raw = convert(nrrd, allow_missing=True)
     assert "1 of 14 listed cases are not in" in capsys.readouterr().out
-    assert json.loads((raw / "dataset.json").read_text())["numTraining"] == 11
-    folds = json.loads((nrrd / "preprocessed" / "Dataset501_LA" / "splits_final.json").read_text())
+    assert json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 11
+    folds = json.loads((nrrd / "preprocessed" / "Dataset501_LA" / "splits_final.json").read_text(encoding="utf-8"))
     assert folds[0]["train"] == ["TRAIN00", "TRAIN02"]
     assert "TRAIN01" not in folds[-1]["train"]
 
@@ -333,14 +333,14 @@ def test_crop_keeps_the_margin_in_plane_all_slices_and_the_place_in_space(nrrd):
     whole = sitk.ReadImage(nrrd / "source" / "TRAIN00" / "lgemri.nrrd")
     cropped = sitk.ReadImage(raw / "imagesTr" / "TRAIN00_0000.nii.gz")
     np.testing.assert_allclose(cropped.GetOrigin(), whole.TransformIndexToPhysicalPoint((1, 2, 0)))
-    assert "cropped" in json.loads((raw / "dataset.json").read_text())["description"]
+    assert "cropped" in json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["description"]
 
 
 def test_crop_stops_at_the_border_and_is_off_by_default(nrrd):
     assert indexed_xyz(convert(nrrd, crop_margin=50) / "imagesTr" / "TRAIN00_0000.nii.gz").shape == SIZE
     raw = convert(nrrd, overwrite=True)
     assert indexed_xyz(raw / "imagesTr" / "TRAIN00_0000.nii.gz").shape == SIZE
-    assert "cropped" not in json.loads((raw / "dataset.json").read_text())["description"]
+    assert "cropped" not in json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["description"]
 
 
 def test_crop_refuses_an_empty_label_and_a_negative_margin(nrrd):
@@ -373,7 +373,7 @@ def test_another_split_is_replaced_only_when_told_and_kept_as_backup(nrrd):
         convert(nrrd)
     assert not any((nrrd / "raw").iterdir())
     convert(nrrd, overwrite=True)
-    assert (folder / "splits_final.json.bak").read_text() == "[]"
+    assert (folder / "splits_final.json.bak").read_text(encoding="utf-8") == "[]"
 
 
 @pytest.mark.parametrize("folder", ["raw", "preprocessed", "results"])

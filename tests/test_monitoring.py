@@ -246,7 +246,7 @@ def test_rows_that_are_trained_again_or_were_cut_off_are_dropped(text, kept, tmp
     history = History(tmp_path)
     history.table.write_text(text)
     history.trim(1)
-    assert (history.table.read_text().split() if history.table.exists() else None) == kept
+    assert (history.table.read_text(encoding="utf-8").split() if history.table.exists() else None) == kept
 
 
 def test_other_columns_than_before_are_added_by_name(tmp_path):
@@ -256,7 +256,7 @@ def test_other_columns_than_before_are_added_by_name(tmp_path):
     history.append(1, {"loss": 7.0, "a": 3.0, "b": 4.0}, {"ramp": 0.5})
     history.append(2, {"loss": 7.0, "a": 5.0, "b": 2.0}, {"ramp": 1.0})
     lines = ["epoch,loss,b,a,ramp", "0,3.0,1.0,2.0,", "1,7.0,4.0,3.0,0.5", "2,7.0,2.0,5.0,1.0"]
-    assert history.table.read_text().split() == lines
+    assert history.table.read_text(encoding="utf-8").split() == lines
     history.draw()
     assert history.picture.is_file()
 

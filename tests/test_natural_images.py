@@ -58,7 +58,7 @@ def test_png_images_train_and_predict(dataset, tmp_path):
     seed()
     trainer = make_trainer(nnUNetTrainerM3HL, dataset, "2d", num_epochs=2)
     trainer.run_training()
-    assert "2 labeled, 4 unlabeled, 1 for validation" in Path(trainer.log_file).read_text()
+    assert "2 labeled, 4 unlabeled, 1 for validation" in Path(trainer.log_file).read_text(encoding="utf-8")
     assert preview("708", "2d", 0, "nnUNetTrainerM3HL", tmp_path / "preview.png") == 2
     predictor = nnUNetPredictor(tile_step_size=1, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))

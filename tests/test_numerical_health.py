@@ -118,13 +118,17 @@ def test_an_epoch_tells_how_many_steps_were_not_finite(tiny_dataset):
     trainer = started(tiny_dataset, bad=[1])
     trainer.on_train_epoch_end(steps(trainer, 3))
     text = "WARNING: the loss term broken was NaN or infinite in 1 of 3 steps of this epoch."
-    assert text in Path(trainer.log_file).read_text()
+    assert text in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 def end_epoch(trainer):
     trainer.on_train_epoch_end([{"loss": 1.0}])
     trainer.current_epoch += 1
-    return Path(trainer.log_file).read_text().count("WARNING: all pseudo labels of this epoch are background")
+    return (
+        Path(trainer.log_file)
+        .read_text(encoding="utf-8")
+        .count("WARNING: all pseudo labels of this epoch are background")
+    )
 
 
 @pytest.mark.parametrize("dataset", ["tiny_dataset", "tiny_regions_ignore_dataset"])

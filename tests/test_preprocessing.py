@@ -51,7 +51,7 @@ def raw(planned) -> Path:
 @pytest.fixture
 def folder(planned):
     """The preprocessed folder; every test finds it without unlabeled cases, and leaves its plans as they were."""
-    kept = {path: path.read_text() for path in planned[1].glob("*.json")}
+    kept = {path: path.read_text(encoding="utf-8") for path in planned[1].glob("*.json")}
     yield planned[1]
     for path in planned[1].iterdir():
         if path.is_dir() and "_unlabeled" in path.name:
@@ -99,7 +99,7 @@ def edit(file: Path, change) -> None:
 
 def edit_plans(folder: Path, **changes) -> None:
     file = folder / "nnUNetPlans.json"
-    plans = json.loads(file.read_text())
+    plans = json.loads(file.read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"] |= changes
     file.write_text(json.dumps(plans))
 
@@ -157,7 +157,7 @@ def test_outside_of_the_body_is_minus_one_as_with_a_label_and_spacing_is_resampl
         str(label_file),
         plans,
         plans.get_configuration("3d_fullres"),
-        json.loads((folder / "dataset.json").read_text()),
+        json.loads((folder / "dataset.json").read_text(encoding="utf-8")),
     )
     assert stock.shape == (2, 24, 30, 22)
     np.testing.assert_array_equal(ours["case"], stock)
@@ -320,7 +320,7 @@ def test_one_report_lists_every_problem(folder, images):
 def test_a_training_case_listed_in_dataset_json_is_refused(folder, images):
     file = folder / "dataset.json"
     listed = {CASES[1]: {"images": ["/elsewhere/x_0000.nii.gz"], "label": "/elsewhere/x.nii.gz"}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": listed}))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"dataset": listed}))
     with pytest.raises(ValueError, match=f"{CASES[1]}: also in .*imagesTr"):
         preprocess(images=images)
 

@@ -94,7 +94,7 @@ def test_labeled_cases_keep_their_labels_and_the_model_labels_the_others(model, 
 
 
 def test_the_dataset_says_which_labels_are_predicted_and_by_what(written):
-    description = json.loads((written / "dataset.json").read_text())
+    description = json.loads((written / "dataset.json").read_text(encoding="utf-8"))
     assert description["numTraining"] == 9
     assert description["labels"] == {"background": 0, "blob": 1}
     origin = description["pseudo_labels"]
@@ -107,14 +107,16 @@ def test_the_dataset_says_which_labels_are_predicted_and_by_what(written):
         "fold": 0,
         "checkpoint": "checkpoint_final.pth",
     }
-    splits = json.loads((Path(paths.nnUNet_preprocessed) / written.name / "splits_final.json").read_text())
+    splits = json.loads(
+        (Path(paths.nnUNet_preprocessed) / written.name / "splits_final.json").read_text(encoding="utf-8")
+    )
     assert splits == [{"train": LABELED + UNLABELED, "val": VALIDATION}]
 
 
 def test_stock_nnunet_preprocesses_with_the_same_plans_and_trains_on_it(written, tiny_dataset):
     folder = Path(paths.nnUNet_preprocessed) / written.name
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
-    original = json.loads((tiny_dataset / "nnUNetPlans.json").read_text())
+    plans = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    original = json.loads((tiny_dataset / "nnUNetPlans.json").read_text(encoding="utf-8"))
     assert plans == original | {"dataset_name": written.name}
     preprocess(981, ["3d_fullres"])
     seed()
@@ -158,7 +160,7 @@ def test_an_id_that_nnunet_cannot_read_is_refused(tiny_dataset, number):
 
 def test_a_case_that_is_labeled_and_unlabeled_is_refused(model, tiny_dataset):
     file = tiny_dataset / "splits_final.json"
-    before = file.read_text()
+    before = file.read_text(encoding="utf-8")
     folds = json.loads(before)
     folds[0]["unlabeled"].append(VALIDATION[0])
     file.write_text(json.dumps(folds))
@@ -228,7 +230,7 @@ def same_dataset(folder, written):
     assert files == sorted(file.relative_to(written) for file in written.rglob("*"))
     for case in UNLABELED:
         np.testing.assert_array_equal(*(read(root / "labelsTr" / f"{case}.nii.gz") for root in (folder, written)))
-    own, expected = (json.loads((root / "dataset.json").read_text()) for root in (folder, written))
+    own, expected = (json.loads((root / "dataset.json").read_text(encoding="utf-8")) for root in (folder, written))
     return own == expected | {"name": folder.name}
 
 
@@ -328,7 +330,7 @@ def test_a_training_oversamples_what_the_model_found(written, tiny_dataset, monk
     folder = tiny_dataset.with_name(written.name) / "nnUNetPlans_3d_fullres"
     assert {file.parent for file in loader._data.predicted.values()} == {folder}
     assert loader.oversample_foreground_percent == trainer.oversample_foreground_percent > 0
-    assert "in 6 of 6 unlabeled cases" in Path(trainer.log_file).read_text()
+    assert "in 6 of 6 unlabeled cases" in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -350,14 +352,14 @@ def test_predictions_that_do_not_fit_are_refused(number, change, words, written,
         preprocess(981, ["3d_fullres"])
     predicted(monkeypatch, number)
     file, plans = folder / "dataset.json", folder / "other.json"
-    original = file.read_text()
+    original = file.read_text(encoding="utf-8")
     try:
         if change:
             content = json.loads(original)
             content["pseudo_labels"] |= change
             file.write_text(json.dumps(content))
         if change and "plans" in change:
-            content = json.loads((folder / "nnUNetPlans.json").read_text())
+            content = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8"))
             content["configurations"]["3d_fullres"]["spacing"] = [9, 9, 9]
             plans.write_text(json.dumps(content))
         with pytest.raises((ValueError, FileNotFoundError), match=words):

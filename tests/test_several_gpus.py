@@ -48,7 +48,7 @@ def test_one_rank_writes_the_checkpoint_and_the_losses(trainer_class, two_proces
     saved = torch.load(two_processes / f"whole_{trainer_class.__name__}_0.pt")
     assert state["nnunet_ssl"]["step"] == STEPS
     assert torch.equal(flat(state["nnunet_ssl"]["student"]), flat(saved["student"]))
-    _, *rows = (folder / "losses.csv").read_text().split()
+    _, *rows = (folder / "losses.csv").read_text(encoding="utf-8").split()
     assert len(rows) == 1
     assert all(torch.isfinite(torch.tensor(float(value))) for value in rows[0].split(","))
 

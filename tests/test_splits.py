@@ -32,7 +32,7 @@ def preprocessed_is_untouched(raw):
 def test_save_creates_the_folder_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "new" / "splits_final.json"
     save_splits(path, NEW)
-    assert json.loads(path.read_text()) == NEW
+    assert json.loads(path.read_text(encoding="utf-8")) == NEW
     assert [file.name for file in path.parent.iterdir()] == ["splits_final.json"]
 
 
@@ -41,7 +41,7 @@ def test_save_refuses_another_split_and_leaves_it_alone(tmp_path):
     save_splits(path, OLD)
     with pytest.raises(FileExistsError, match=r"splits_final\.json.*--overwrite"):
         save_splits(path, NEW)
-    assert json.loads(path.read_text()) == OLD
+    assert json.loads(path.read_text(encoding="utf-8")) == OLD
 
 
 def test_save_of_the_same_split_does_nothing(tmp_path):
@@ -59,7 +59,7 @@ def test_every_replaced_split_keeps_its_own_backup(tmp_path):
     save_splits(path, NEW, overwrite=True)
     save_splits(path, newest, overwrite=True)
     save_splits(path, OLD, overwrite=True)
-    kept = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+    kept = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()}
     assert kept == {
         "splits_final.json": OLD,
         "splits_final.json.bak": OLD,
@@ -78,7 +78,7 @@ def test_a_failed_write_keeps_the_old_split(tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_ssl.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_splits(path, NEW, overwrite=True)
-    assert json.loads(path.read_text()) == OLD
+    assert json.loads(path.read_text(encoding="utf-8")) == OLD
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
 
 
@@ -132,7 +132,9 @@ def test_impossible_numbers_are_refused_before_anything_is_written(raw, labeled,
 def test_split_writes_what_nested_folds_draws(raw, dataset):
     path = split_dataset(dataset, [2, 4], val=3, seed=5)
     assert path == raw.parent.parent / "preprocessed" / "Dataset007_Ten" / "splits_final.json"
-    assert json.loads(path.read_text()) == nested_folds([f"case{case}" for case in range(10)], [2, 4], 3, 5)
+    assert json.loads(path.read_text(encoding="utf-8")) == nested_folds(
+        [f"case{case}" for case in range(10)], [2, 4], 3, 5
+    )
 
 
 def test_split_replaces_another_split_only_when_told(raw):
@@ -140,7 +142,7 @@ def test_split_replaces_another_split_only_when_told(raw):
     with pytest.raises(FileExistsError, match="--overwrite"):
         split_dataset("7", [3])
     split_dataset("7", [3], overwrite=True)
-    assert len(json.loads(path.read_text())[0]["train"]) == 3
+    assert len(json.loads(path.read_text(encoding="utf-8"))[0]["train"]) == 3
 
 
 def test_cases_without_a_label_file_are_named(raw):

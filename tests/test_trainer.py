@@ -75,8 +75,8 @@ def test_every_group_is_back_propagated_before_the_next_one_and_the_gradients_ad
 
 
 def test_class_attributes_win_over_what_nnunet_sets_in_its_constructor(tiny_dataset):
-    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-    dataset_json = json.loads((tiny_dataset / "dataset.json").read_text())
+    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text(encoding="utf-8")) | {"continue_training": False}
+    dataset_json = json.loads((tiny_dataset / "dataset.json").read_text(encoding="utf-8"))
     trainer = TwoGraphs(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
     assert (trainer.num_epochs, trainer.initial_lr, trainer.weight_decay) == (3, 0.02, 3e-5)
     assert trainer.max_steps == 750
@@ -107,7 +107,7 @@ def test_losses_are_written_for_every_epoch_and_term(tiny_dataset):
         total = sum(float(row[name]) for name in ("supervised", "small", "flat"))
         assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
     assert [float(r["loss"]) for r in rows] == pytest.approx(trainer.logger.get_value("train_losses", None), rel=1e-5)
-    log = Path(trainer.log_file).read_text()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert "Cases: 2 labeled, 6 unlabeled, 1 for validation." in log
     assert "Every batch: 2 labeled and 2 unlabeled patches of [16, 16, 16] voxels; 4 steps." in log
     assert "factor = 0.5" in log
@@ -316,7 +316,10 @@ def test_the_log_says_that_pretrained_weights_have_no_heads(tiny_dataset, tmp_pa
         if pretrained:  # as nnUNetv2_train does
             load_pretrained_weights(trainer.network, str(tmp_path / "stock.pth"))
         trainer.on_train_start()
-        said.append("-pretrained_weights leaves out the segmentation heads" in Path(trainer.log_file).read_text())
+        said.append(
+            "-pretrained_weights leaves out the segmentation heads"
+            in Path(trainer.log_file).read_text(encoding="utf-8")
+        )
     assert said == [False, True]
 
 
@@ -327,7 +330,7 @@ def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_
         (images / f"{case}_0000.nii.gz").touch()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     trainer = started(TwoGraphs, tiny_dataset)
-    assert "WARNING: 1 scans of" in Path(trainer.log_file).read_text()
+    assert "WARNING: 1 scans of" in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 # ---- what is refused, before any epoch ----
@@ -394,8 +397,8 @@ def test_the_supervised_baseline_has_them_too(tiny_dataset):
     trainer = make_trainer(variant, tiny_dataset, num_epochs=7)
     assert isinstance(trainer, nnUNetTrainer)
     assert not isinstance(trainer, SemiSupervisedTrainer)
-    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-    dataset_json = json.loads((tiny_dataset / "dataset.json").read_text())
+    plans = json.loads((tiny_dataset / "nnUNetPlans.json").read_text(encoding="utf-8")) | {"continue_training": False}
+    dataset_json = json.loads((tiny_dataset / "dataset.json").read_text(encoding="utf-8"))
     made = variant(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
     assert made.num_epochs == 7
     assert made.my_init_kwargs["configuration"] == "3d_fullres"
@@ -498,13 +501,13 @@ def children(pid):
 
 def parent(process):
     try:
-        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        return int((process / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return None
 
 
 def is_running(pid):
-    return Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
@@ -540,5 +543,5 @@ def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
 
 def test_the_readmes_method_is_the_trainer_as_it_is():
     root = Path(__file__).parents[1]
-    shown = (root / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert (root / "trainers" / "nnUNetTrainerMeanTeacher.py").read_text().endswith(shown)
+    shown = (root / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert (root / "trainers" / "nnUNetTrainerMeanTeacher.py").read_text(encoding="utf-8").endswith(shown)

@@ -134,7 +134,7 @@ def plan(
         plan_experiment_dataset(dataset_id)
         folder = Path(paths.nnUNet_preprocessed) / convert_id_to_dataset_name(dataset_id)
         file = folder / "nnUNetPlans.json"
-        plans = json.loads(file.read_text())
+        plans = json.loads(file.read_text(encoding="utf-8"))
         for name in configurations:
             size = (patch_size or {}).get(name)
             shrink(plans["configurations"][name], patch_size=size, batch_size=batch_size, residual=residual)

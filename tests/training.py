@@ -30,8 +30,8 @@ def every_trainer(paper_settings: bool = False) -> list[type[SemiSupervisedTrain
 
 def make_trainer(trainer: type, dataset: Path, configuration: str = "3d_fullres", fold: int = 0, **settings):
     """A trainer on the CPU with 2 epochs of 2 steps, made as by nnU-Net's own command; settings are attributes."""
-    plans = json.loads((dataset / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-    dataset_json = json.loads((dataset / "dataset.json").read_text())
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text(encoding="utf-8")) | {"continue_training": False}
+    dataset_json = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     made = trainer(plans, configuration, fold, dataset_json, torch.device("cpu"))
     settings = {
         "num_epochs": 2,
