@@ -4,7 +4,7 @@
     nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 2.5 2.5 2.5
     python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainer nnUNetTrainerM3 nnUNetTrainerM3HL
     python benchmarks/la.py -d 501 -f 3 -tr nnUNetTrainer                               # upper bound: all labels
-    python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --set feature_pairs=matched --on development
+    python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --set feature_pairs=all --on development
     python benchmarks/la.py -d 501 -f 0 -tr nnUNetTrainerM3HL --after nnUNetTrainer     # as with -pretrained_weights
     nnunet-ssl pseudo-label -d 501 -c la_quick -f 0 -o 511 -device cpu                  # self-training
     nnUNetv2_extract_fingerprint -d 511 && nnUNetv2_preprocess -d 511 -c 3d_fullres

@@ -28,6 +28,7 @@ def require_finite(file: Path, states: dict[str, dict[str, Tensor]], epoch: int)
 
 
 def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; True of an empty tensor."""
     # a finite sum has finite terms only, and needs no memory; the sum of finite ones may be infinite
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 

@@ -66,9 +66,13 @@ class Batch:
         """The same batch beginning with sample `shift` (modulo B), the earlier ones at its end."""
 
         def roll(x):
-            return [roll(scale) for scale in x] if isinstance(x, list) else None if x is None else x.roll(-shift, 0)
+            if isinstance(x, list):
+                return [roll(scale) for scale in x]
+            return None if x is None else x.roll(-shift, 0)
 
-        return Batch(**{name: roll(value) for name, value in vars(self).items()}) if shift % len(self.image) else self
+        if shift % len(self.image) == 0:
+            return self
+        return Batch(**{name: roll(value) for name, value in vars(self).items()})
 
 
 class UnlabeledDataset:

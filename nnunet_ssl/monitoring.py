@@ -228,8 +228,8 @@ def _there(named: dict, *names: str, factor: float = 1.0) -> dict[str, list[floa
 
 def _lines(axis: Axes, epochs: tuple[float, ...], lines: dict) -> None:
     looks = [(colour, dashes) for dashes in STYLES for colour in COLOURS]
-    marker = "o" if len(epochs) == 1 else None
     for (name, values), (colour, dashes) in zip(lines.items(), cycle(looks), strict=False):
+        marker = "o" if np.isfinite(values).sum() == 1 else None  # a single epoch is no line
         axis.plot(epochs, values, color=colour, linestyle=dashes, marker=marker, markersize=3, label=name)
     if lines:
         axis.legend(frameon=False, fontsize="small")

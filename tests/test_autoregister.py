@@ -11,7 +11,7 @@ def run_python(*arguments, **variables):
     """What a new Python prints, started with only `variables` of those that matter here; it must not complain."""
     env = {k: v for k, v in os.environ.items() if k not in ("nnUNet_extTrainer", "NNUNET_SSL_NO_AUTOREGISTER")}
     done = subprocess.run(
-        [sys.executable, *arguments], env={**env, **variables}, capture_output=True, text=True, check=True
+        [sys.executable, *arguments], env={**env, **variables}, capture_output=True, encoding="utf-8", check=True
     )
     assert done.stderr == ""
     return done.stdout.strip()

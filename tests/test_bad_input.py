@@ -484,7 +484,8 @@ def test_deep_json_is_refused(tmp_path):
 def test_the_table_names_every_mistake_its_message_and_its_test():
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tests.parent).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=tests.parent)
+    listed = done.stdout.splitlines()
     collected = {line.removeprefix("tests/") for line in listed if "::" in line}
     lines = (tests.parent / "docs" / "bad_input.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]

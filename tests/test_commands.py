@@ -40,7 +40,7 @@ def command(tmp_path, monkeypatch):
     def start(line):
         name, *arguments = line.split()
         program = [str(Path(sys.executable).with_name(name)), *arguments]
-        return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
     return start
 

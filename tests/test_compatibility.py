@@ -402,7 +402,7 @@ def test_the_stock_trainer_is_as_it_was(tiny_dataset, tmp_path):
         environment["nnUNet_results"] = str(tmp_path / f"results{registered}")
         file = tmp_path / f"{registered}.json"
         command = [sys.executable, "-c", STOCK.format(block=block), str(tiny_dataset), str(file)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         *values, loaded = json.loads(file.read_text(encoding="utf-8"))
         assert "nnunet_ssl.trainer" not in loaded
@@ -413,7 +413,8 @@ def test_the_stock_trainer_is_as_it_was(tiny_dataset, tmp_path):
 def test_the_table_names_a_test_for_every_trainer_and_feature():
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tests.parent).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=tests.parent)
+    listed = done.stdout.splitlines()
     collected = {}  # file::function to the sets of its parameters
     for name in (line.removeprefix("tests/") for line in listed if "::" in line):
         function, _, parameters = name.partition("[")

@@ -106,7 +106,7 @@ def test_plain_nnunet_predicts_the_same_to_the_last_bit(trained, tmp_path):
     environment.pop("PYTHONPATH", None)
     python = os.environ.get("NNUNET_SSL_PLAIN_PYTHON", sys.executable)
     command = [python, "-c", PLAIN, scan(), *jobs]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     for name, values in expected.items():
         found = np.fromfile(tmp_path / name, dtype=np.float32).reshape(values.shape)

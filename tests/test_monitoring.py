@@ -317,6 +317,12 @@ def test_every_column_is_in_the_picture_with_names_and_units():
     assert figure.axes[3].lines[0].get_ydata()[0] == 50  # percent
 
 
+def test_a_term_of_a_single_epoch_is_a_point():
+    columns = {"epoch": (0.0, 1.0, 2.0), "always": (1.0, 2.0, 3.0), "once": (1.0, math.nan, math.nan)}
+    markers = {line.get_label(): line.get_marker() for line in draw(columns, "teacher").axes[0].lines}
+    assert markers == {"always": "None", "once": "o"}
+
+
 def test_a_method_with_many_terms_has_as_many_looks():
     columns = {"epoch": (0.0,), **{f"term_{i}": (float(i),) for i in range(12)}}
     lines = draw(columns, "teacher").axes[0].lines

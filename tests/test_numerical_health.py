@@ -1,6 +1,7 @@
 """Losses that are not finite, pseudo labels without foreground, and a seed."""
 
 import copy
+import math
 import random
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def test_a_term_that_stays_not_finite_stops_the_training_with_its_name(tiny_data
 def test_steps_that_are_not_in_a_row_do_not_stop_it(tiny_dataset):
     trainer = started(tiny_dataset, bad=[step for step in range(60) if step % 20])
     steps(trainer, 60)
+
+
+def test_a_term_that_is_missing_in_some_steps_is_counted_over_those_that_have_it(tiny_dataset):
+    trainer = started(tiny_dataset)
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    terms = [{"supervised": 1.0}, {"supervised": 1.0, "late": math.nan}] * NOT_FINITE_STEPS
+    for step_terms in terms[:-1]:
+        trainer._watch_terms(step_terms, batch, [])
+    with pytest.raises(RuntimeError, match="The loss term late was NaN"):
+        trainer._watch_terms(terms[-1], batch, [])
 
 
 def test_without_a_checkpoint_the_message_says_so(tiny_dataset):

@@ -46,7 +46,7 @@ def start(dataset: Path, number: int, folder: Path) -> tuple[float, float]:
     }
     script = SCRIPT.format(tests=str(Path(__file__).parent), dataset=str(copy))
     result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
     _, cases, seconds, memory = result.stdout.splitlines()[-1].split()

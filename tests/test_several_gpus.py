@@ -22,7 +22,7 @@ def two_processes(tiny_dataset, tmp_path_factory):
     (output / "results").mkdir()
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tiny_dataset), str(output)]
     environment = {**os.environ, "nnUNet_results": str(output / "results"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return output
 
