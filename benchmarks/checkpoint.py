@@ -26,11 +26,11 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "26
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_ssl.checkpoints import CHECKPOINT_KEY
-from nnunet_ssl.networks import unwrap
+from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 
 ADDED = 0.3  # bar: at most this part of nnUNetTrainer's time on top of what the bytes cost
 STAGES, FEATURES = 6, [32, 64, 128, 256, 320, 320]

@@ -27,7 +27,7 @@ from faults import finish, kills, other_faults, run, start  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from nnunet_ssl.autoregister import register  # noqa: E402
-from nnunet_ssl.files import replacing  # noqa: E402
+from nnunet_ssl.system.files import replacing  # noqa: E402
 
 
 def main() -> int:

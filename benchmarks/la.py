@@ -41,9 +41,9 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunet_ssl.demo import small_configuration
-from nnunet_ssl.evaluation import case_metrics
-from nnunet_ssl.files import replacing
+from nnunet_ssl.commands.demo import small_configuration
+from nnunet_ssl.commands.evaluate import case_metrics
+from nnunet_ssl.system.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 UNLABELED_DEVELOPMENT_SCANS = 22  # of a fold; with its 8 validation cases 30

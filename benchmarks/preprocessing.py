@@ -24,7 +24,8 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.preprocessing import preprocess_unlabeled, unlabeled_folder
+from nnunet_ssl.commands.preprocess import preprocess_unlabeled
+from nnunet_ssl.data.preprocessed import unlabeled_folder
 
 TURN = 30  # scans
 

@@ -35,8 +35,8 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from scipy import ndimage
 
 import nnunet_ssl
-from nnunet_ssl.demo import direction, ellipsoid, grid, small_configuration, smooth_noise, write_image
-from nnunet_ssl.files import replacing
+from nnunet_ssl.commands.demo import direction, ellipsoid, grid, small_configuration, smooth_noise, write_image
+from nnunet_ssl.system.files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "small_structures.csv"
 DATASET = "Dataset998_SmallStructures"

@@ -27,7 +27,7 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "26
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunet_ssl.files import replacing
+from nnunet_ssl.system.files import replacing
 
 BLOCK = 4  # steps between two turns
 # Forward and backward passes of a planned batch that a method's equations need; nnUNetTrainer's are 1 and 1. A backward

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from medpy.metric.binary import asd, assd, hd95
 
-from nnunet_ssl.evaluation import case_metrics
+from nnunet_ssl.commands.evaluate import case_metrics
 
 SHAPE, SPACING = (88, 640, 640), (0.625, 0.625, 0.625)
 

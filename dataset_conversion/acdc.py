@@ -15,9 +15,9 @@ from nnunetv2 import paths
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
+from nnunet_ssl.data.splits import check_splits, save_splits
 from nnunet_ssl.dataset_conversion.staging import staging, target_folder
-from nnunet_ssl.files import read_text
-from nnunet_ssl.splits import check_splits, save_splits
+from nnunet_ssl.system.files import read_text
 
 VAL_PATIENTS = [28, 85, 82, 87, 19, 30, 78, 45, 2, 39]
 TEST_PATIENTS = [11, 13, 84, 33, 93, 22, 68, 24, 83, 81, 80, 1, 7, 66, 8, 65, 75, 64, 59, 52]
@@ -88,16 +88,9 @@ def convert(
             (folder / name).mkdir()
         moved = []
         for number, patient in tqdm(patients.items(), desc=raw.name, unit="patient"):
-            suffix = "Ts" if number in TEST_PATIENTS else "Tr"
-            for case, files in zip(case_names(number, patient), patient.frames.values(), strict=True):
-                image, label = read_case(*files)
-                sitk.WriteImage(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
-                sitk.WriteImage(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
-            if cine_frames != 0 and number in train:
-                frames, same = read_cine(patient, cine_frames)
-                moved += [] if same else [f"patient{number:03d}"]
-                for frame, image in frames.items():
-                    sitk.WriteImage(image, folder / "imagesUn" / f"patient{number:03d}_frame{frame:02d}_0000.nii.gz")
+            write_annotated(number, patient, folder)
+            if cine_frames != 0 and number in train and not write_cine(number, patient, cine_frames, folder):
+                moved.append(f"patient{number:03d}")
         generate_dataset_json(
             str(folder),
             channel_names={0: "MRI"},
@@ -208,6 +201,23 @@ def read_cine(patient: Patient, count: int | None) -> tuple[dict[int, sitk.Image
         frames[frame] = sitk.GetImageFromArray(series[frame - 1])
         frames[frame].CopyInformation(reference)
     return frames, same
+
+
+def write_annotated(number: int, patient: Patient, folder: Path) -> None:
+    """Writes a patient's annotated frames and their labels into imagesTr and labelsTr, or imagesTs and labelsTs."""
+    suffix = "Ts" if number in TEST_PATIENTS else "Tr"
+    for case, files in zip(case_names(number, patient), patient.frames.values(), strict=True):
+        image, label = read_case(*files)
+        sitk.WriteImage(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
+        sitk.WriteImage(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
+
+
+def write_cine(number: int, patient: Patient, count: int | None, folder: Path) -> bool:
+    """Writes frames without annotation into imagesUn, see `read_cine`; whether the 4D file's numbers are right."""
+    frames, same = read_cine(patient, count)
+    for frame, image in frames.items():
+        sitk.WriteImage(image, folder / "imagesUn" / f"patient{number:03d}_frame{frame:02d}_0000.nii.gz")
+    return same
 
 
 def _root(source: Path) -> Path:

@@ -15,9 +15,9 @@ from nnunetv2 import paths
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
+from nnunet_ssl.data.splits import check_splits, save_splits
 from nnunet_ssl.dataset_conversion.staging import staging, target_folder
-from nnunet_ssl.files import read_text
-from nnunet_ssl.splits import check_splits, save_splits
+from nnunet_ssl.system.files import read_text
 
 VAL_CASES = 8  # cases at the end of the training list that every fold validates on
 H5_SPACING = (0.625, 0.625, 0.625)  # mm; the community's h5 files do not store it

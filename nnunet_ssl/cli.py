@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from nnunet_ssl.nnunet_version import require_nnunet
+from nnunet_ssl.system.nnunet_version import require_nnunet
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,12 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _command(commands, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
+    """A new command that is done by `run(options)`."""
+    parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(run=run)
+    return parser
+
+
 # nnU-Net is imported inside the functions: it takes seconds, and `--help` should not
+
+
+def _trainers_arguments(commands) -> None:
+    parser = _command(commands, "trainers", _trainers, "List the semi-supervised trainers.")
+    parser.add_argument("--path", action="store_true", help="print the folder for nnU-Net's variable nnUNet_extTrainer")
 
 
 def _trainers(options) -> None:
     from nnunet_ssl.autoregister import trainers_folder
-    from nnunet_ssl.doctor import list_trainers
+    from nnunet_ssl.commands.doctor import list_trainers
 
     if options.path:
         print(trainers_folder())
@@ -38,6 +51,44 @@ def _trainers(options) -> None:
     width = max(len(name) for name, _ in found) + 1
     for name, description in found:
         print(f"{name:<{width}}{description}")
+
+
+def _convert_arguments(commands) -> None:
+    parser = _command(
+        commands, "convert", _convert, "Convert a public dataset to nnU-Net's format, with folds for label budgets."
+    )
+    parser.add_argument(
+        "name",
+        choices=["la", "acdc"],
+        help="la: left atrium, 2018 Atrial Segmentation Challenge; acdc: Automated Cardiac Diagnosis Challenge",
+    )
+    parser.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case or patient")
+    parser.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the dataset that is written")
+    parser.add_argument("--train-list", type=Path, help="la: file with one training case per line; default: published")
+    parser.add_argument("--test-list", type=Path, help="la: file with one test case per line; default: published")
+    parser.add_argument(
+        "--labeled",
+        type=int,
+        nargs="+",
+        help="labeled cases (acdc: patients) of each fold; one more fold has all labels (default: la 8 4 16, "
+        "acdc 7 3 14)",
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="go on when listed cases are not in the folder")
+    parser.add_argument(
+        "--crop-margin",
+        type=int,
+        help="la: crop in plane around the reference segmentation with this margin in voxels, as the "
+        "literature does. This uses the label of EVERY case, unlabeled and test cases as well",
+    )
+    parser.add_argument(
+        "--cine-frames",
+        type=_number_or_all,
+        default=0,
+        metavar="all|N",
+        help="acdc: write N (or all) frames without annotation of every training patient to imagesUn (default: 0)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its splits")
+    parser.set_defaults(check=_check_convert)
 
 
 def _convert(options) -> None:
@@ -71,15 +122,37 @@ def _check_convert(parser: argparse.ArgumentParser, options) -> None:
                 parser.error(f"--{name.replace('_', '-')} is for {dataset}, not for {options.name}")
 
 
+def _split_arguments(commands) -> None:
+    parser = _command(
+        commands, "split", _split, "Hide labels of a fully labeled dataset: folds with train, val and unlabeled."
+    )
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("--labeled", type=int, nargs="+", required=True, help="labeled cases, one fold per number")
+    parser.add_argument("--val", type=int, help="validation cases, the same in every fold (default: 20 %% of all)")
+    parser.add_argument("--seed", type=int, default=12345)
+    parser.add_argument("--overwrite", action="store_true", help="replace splits_final.json (a backup is kept)")
+
+
 def _split(options) -> None:
-    from nnunet_ssl.splits import split_dataset
+    from nnunet_ssl.commands.split import split_dataset
 
     path = split_dataset(options.dataset, options.labeled, options.val, options.seed, options.overwrite)
     print(f"Wrote {len(options.labeled)} folds to {path}.")
 
 
+def _preprocess_arguments(commands) -> None:
+    parser = _command(commands, "preprocess", _preprocess, "Preprocess unlabeled scans with the dataset's plans.")
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("-c", dest="configurations", nargs="+", required=True, help="configurations, as 3d_fullres")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    parser.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: the dataset's imagesUn)")
+    parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
+    parser.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
+
+
 def _preprocess(options) -> None:
-    from nnunet_ssl.preprocessing import preprocess_unlabeled
+    from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 
     preprocess_unlabeled(
         options.dataset,
@@ -92,10 +165,28 @@ def _preprocess(options) -> None:
     )
 
 
+def _pseudo_label_arguments(commands) -> None:
+    parser = _command(
+        commands, "pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model."
+    )
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
+    parser.add_argument(
+        "-f", dest="fold", type=_number_or_all, required=True, help="fold of the model, a number or all"
+    )
+    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
+    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    parser.add_argument("-o", dest="output", type=int, required=True, help="id of the dataset that is written")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
+    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+
+
 def _pseudo_label(options) -> None:
     from nnunetv2.paths import nnUNet_preprocessed
 
-    from nnunet_ssl.self_training import pseudo_label
+    from nnunet_ssl.commands.pseudo_label import pseudo_label
 
     folder = pseudo_label(
         options.dataset,
@@ -120,8 +211,26 @@ def _pseudo_label(options) -> None:
     )
 
 
+def _export_arguments(commands) -> None:
+    parser = _command(commands, "export", _export, "Write a trained model that plain nnU-Net predicts with.")
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
+    parser.add_argument("-tr", dest="trainer", required=True, help="trainer of the model, one of ours")
+    parser.add_argument(
+        "-o", dest="output", type=Path, required=True, help="new model folder, or a file ending in .zip"
+    )
+    parser.add_argument(
+        "-f", dest="folds", type=_number_or_all, nargs="+", help="folds (default: all that are trained)"
+    )
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
+    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    parser.add_argument(
+        "--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)"
+    )
+
+
 def _export(options) -> None:
-    from nnunet_ssl.export import export_model
+    from nnunet_ssl.commands.export import export_model
 
     exported = export_model(
         options.dataset,
@@ -150,8 +259,29 @@ def _export(options) -> None:
         print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} {arguments} -i IN -o OUT")
 
 
+def _evaluate_arguments(commands) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "Dice, Jaccard and surface distances of a folder of predictions."
+    )
+    parser.add_argument("-r", dest="reference", type=Path, required=True, help="folder of the references, as labelsTs")
+    parser.add_argument("-p", dest="prediction", type=Path, required=True, help="folder of the predictions")
+    parser.add_argument(
+        "-djfile", dest="dataset_json", type=Path, help="dataset.json (default: that of the predictions)"
+    )
+    parser.add_argument("-o", dest="output", type=Path, help="folder for evaluation.csv and .json (default: -p)")
+    parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
+    parser.add_argument(
+        "--protocol",
+        choices=["strict", "la-literature", "acdc-literature"],
+        default="strict",
+        help="strict (default): distances in mm, undefined where a mask is empty. As in published tables, in voxels "
+        "and 0 where the prediction is empty: la-literature (test_3d_patch.py of BCP, SS-Net, M3HL), only the largest "
+        "component of every label; acdc-literature (test_ACDC.py of BCP, SS-Net, MC-Net), all components",
+    )
+
+
 def _evaluate(options) -> None:
-    from nnunet_ssl.evaluation import evaluate
+    from nnunet_ssl.commands.evaluate import evaluate
 
     print(
         evaluate(
@@ -165,8 +295,24 @@ def _evaluate(options) -> None:
     )
 
 
+def _preview_arguments(commands) -> None:
+    parser = _command(
+        commands, "preview", _preview, "Draw one training batch as the method sees it, with what it mixes."
+    )
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("-c", dest="configuration", required=True, help="configuration, as 3d_fullres")
+    parser.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold, a number or all")
+    parser.add_argument("-tr", dest="trainer", required=True, help="one of our trainers")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    parser.add_argument("-chk", dest="checkpoint", help="a checkpoint of the fold (default: untrained networks)")
+    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"])
+    parser.add_argument(
+        "-o", dest="output", type=Path, default=Path("preview.png"), help="picture (default: preview.png)"
+    )
+
+
 def _preview(options) -> None:
-    from nnunet_ssl.preview import preview
+    from nnunet_ssl.commands.preview import preview
 
     mixed = preview(
         options.dataset,
@@ -181,8 +327,44 @@ def _preview(options) -> None:
     print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer} does not mix patches."))
 
 
+def _compare_arguments(commands) -> None:
+    parser = _command(
+        commands, "compare", _compare, "Predict the test scans with several trainers: one table, a test and a figure."
+    )
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("-c", dest="configuration", required=True, help="configuration of the models, as 3d_fullres")
+    parser.add_argument("-f", dest="folds", type=_number_or_all, nargs="+", required=True, help="folds, numbers or all")
+    parser.add_argument(
+        "-tr", dest="trainers", nargs="+", required=True, help="trainers; the others are tested against the first"
+    )
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the models")
+    parser.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        help="folder for the table, the figure, predictions and logs (default: comparison_PLANS_CONFIGURATION in the "
+        "dataset's folder of nnUNet_results)",
+    )
+    parser.add_argument("--train", action="store_true", help="train what is not trained yet, go on with what is begun")
+    parser.add_argument(
+        "--launcher", default="local", choices=["local", "slurm"], help="one job at a time, or a cluster"
+    )
+    parser.add_argument(
+        "--slurm",
+        type=_setting,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the cluster's jobs, as partition=gpu timeout_min=2880 gpus_per_node=1 cpus_per_task=12",
+    )
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
+    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    parser.set_defaults(check=_check_compare)
+
+
 def _compare(options) -> int:
-    from nnunet_ssl.comparison import compare
+    from nnunet_ssl.commands.compare.run import compare
 
     table, failures = compare(
         options.dataset,
@@ -208,14 +390,31 @@ def _check_compare(parser: argparse.ArgumentParser, options) -> None:
         parser.error("--slurm is for --launcher slurm")
 
 
+def _doctor_arguments(commands) -> None:
+    parser = _command(
+        commands, "doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases."
+    )
+    parser.add_argument("-d", dest="dataset", help="dataset name or id")
+    parser.add_argument("-c", dest="configurations", nargs="+", default=[], help="configurations, as 3d_fullres")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    parser.add_argument("-f", dest="fold", type=int, help="fold")
+
+
 def _doctor(options) -> int:
-    from nnunet_ssl.doctor import doctor
+    from nnunet_ssl.commands.doctor import doctor
 
     return doctor(options.dataset, options.configurations, options.plans, options.fold)
 
 
+def _demo_arguments(commands) -> None:
+    parser = _command(
+        commands, "demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3 on a small synthetic dataset and compare."
+    )
+    parser.add_argument("-o", dest="output", type=Path, default=Path("nnunet_ssl_demo"), help="folder for everything")
+
+
 def _demo(options) -> None:
-    from nnunet_ssl.demo import demo
+    from nnunet_ssl.commands.demo import demo
 
     demo(options.output)
 
@@ -235,150 +434,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nnunet-ssl", description="Semi-supervised learning for nnU-Net v2.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = command("trainers", _trainers, "List the semi-supervised trainers.")
-    sub.add_argument("--path", action="store_true", help="print the folder for nnU-Net's variable nnUNet_extTrainer")
-
-    sub = command("convert", _convert, "Convert a public dataset to nnU-Net's format, with folds for label budgets.")
-    sub.add_argument(
-        "name",
-        choices=["la", "acdc"],
-        help="la: left atrium, 2018 Atrial Segmentation Challenge; acdc: Automated Cardiac Diagnosis Challenge",
-    )
-    sub.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case or patient")
-    sub.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the dataset that is written")
-    sub.add_argument("--train-list", type=Path, help="la: file with one training case per line; default: published")
-    sub.add_argument("--test-list", type=Path, help="la: file with one test case per line; default: published")
-    sub.add_argument(
-        "--labeled",
-        type=int,
-        nargs="+",
-        help="labeled cases (acdc: patients) of each fold; one more fold has all labels (default: la 8 4 16, "
-        "acdc 7 3 14)",
-    )
-    sub.add_argument("--allow-missing", action="store_true", help="go on when listed cases are not in the folder")
-    sub.add_argument(
-        "--crop-margin",
-        type=int,
-        help="la: crop in plane around the reference segmentation with this margin in voxels, as the "
-        "literature does. This uses the label of EVERY case, unlabeled and test cases as well",
-    )
-    sub.add_argument(
-        "--cine-frames",
-        type=_number_or_all,
-        default=0,
-        metavar="all|N",
-        help="acdc: write N (or all) frames without annotation of every training patient to imagesUn (default: 0)",
-    )
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its splits")
-    sub.set_defaults(check=_check_convert)
-
-    sub = command("split", _split, "Hide labels of a fully labeled dataset: folds with train, val and unlabeled.")
-    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    sub.add_argument("--labeled", type=int, nargs="+", required=True, help="labeled cases, one fold per number")
-    sub.add_argument("--val", type=int, help="validation cases, the same in every fold (default: 20 %% of all)")
-    sub.add_argument("--seed", type=int, default=12345)
-    sub.add_argument("--overwrite", action="store_true", help="replace splits_final.json (a backup is kept)")
-
-    sub = command("preprocess", _preprocess, "Preprocess unlabeled scans with the dataset's plans.")
-    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    sub.add_argument("-c", dest="configurations", nargs="+", required=True, help="configurations, as 3d_fullres")
-    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
-    sub.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: the dataset's imagesUn)")
-    sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
-    sub.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
-    sub.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
-
-    sub = command("pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model.")
-    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    sub.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
-    sub.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold of the model, a number or all")
-    sub.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
-    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
-    sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
-    sub.add_argument("-o", dest="output", type=int, required=True, help="id of the dataset that is written")
-    sub.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
-    sub.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
-    sub.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
-
-    sub = command("export", _export, "Write a trained model that plain nnU-Net predicts with.")
-    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    sub.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
-    sub.add_argument("-tr", dest="trainer", required=True, help="trainer of the model, one of ours")
-    sub.add_argument("-o", dest="output", type=Path, required=True, help="new model folder, or a file ending in .zip")
-    sub.add_argument("-f", dest="folds", type=_number_or_all, nargs="+", help="folds (default: all that are trained)")
-    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
-    sub.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
-    sub.add_argument("--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)")
-
-    sub = command("evaluate", _evaluate, "Dice, Jaccard and surface distances of a folder of predictions.")
-    sub.add_argument("-r", dest="reference", type=Path, required=True, help="folder of the references, as labelsTs")
-    sub.add_argument("-p", dest="prediction", type=Path, required=True, help="folder of the predictions")
-    sub.add_argument("-djfile", dest="dataset_json", type=Path, help="dataset.json (default: that of the predictions)")
-    sub.add_argument("-o", dest="output", type=Path, help="folder for evaluation.csv and .json (default: -p)")
-    sub.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
-    sub.add_argument(
-        "--protocol",
-        choices=["strict", "la-literature", "acdc-literature"],
-        default="strict",
-        help="strict (default): distances in mm, undefined where a mask is empty. As in published tables, in voxels "
-        "and 0 where the prediction is empty: la-literature (test_3d_patch.py of BCP, SS-Net, M3HL), only the largest "
-        "component of every label; acdc-literature (test_ACDC.py of BCP, SS-Net, MC-Net), all components",
-    )
-
-    sub = command("preview", _preview, "Draw one training batch as the method sees it, with what it mixes.")
-    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    sub.add_argument("-c", dest="configuration", required=True, help="configuration, as 3d_fullres")
-    sub.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold, a number or all")
-    sub.add_argument("-tr", dest="trainer", required=True, help="one of our trainers")
-    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
-    sub.add_argument("-chk", dest="checkpoint", help="a checkpoint of the fold (default: untrained networks)")
-    sub.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"])
-    sub.add_argument("-o", dest="output", type=Path, default=Path("preview.png"), help="picture (default: preview.png)")
-
-    sub = command("compare", _compare, "Predict the test scans with several trainers: one table, a test and a figure.")
-    sub.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    sub.add_argument("-c", dest="configuration", required=True, help="configuration of the models, as 3d_fullres")
-    sub.add_argument("-f", dest="folds", type=_number_or_all, nargs="+", required=True, help="folds, numbers or all")
-    sub.add_argument(
-        "-tr", dest="trainers", nargs="+", required=True, help="trainers; the others are tested against the first"
-    )
-    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the models")
-    sub.add_argument(
-        "-o",
-        dest="output",
-        type=Path,
-        help="folder for the table, the figure, predictions and logs (default: comparison_PLANS_CONFIGURATION in the "
-        "dataset's folder of nnUNet_results)",
-    )
-    sub.add_argument("--train", action="store_true", help="train what is not trained yet, go on with what is begun")
-    sub.add_argument("--launcher", default="local", choices=["local", "slurm"], help="one job at a time, or a cluster")
-    sub.add_argument(
-        "--slurm",
-        type=_setting,
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="settings of the cluster's jobs, as partition=gpu timeout_min=2880 gpus_per_node=1 cpus_per_task=12",
-    )
-    sub.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
-    sub.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
-    sub.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
-    sub.set_defaults(check=_check_compare)
-
-    sub = command("doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases.")
-    sub.add_argument("-d", dest="dataset", help="dataset name or id")
-    sub.add_argument("-c", dest="configurations", nargs="+", default=[], help="configurations, as 3d_fullres")
-    sub.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
-    sub.add_argument("-f", dest="fold", type=int, help="fold")
-
-    sub = command("demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3 on a small synthetic dataset and compare.")
-    sub.add_argument("-o", dest="output", type=Path, default=Path("nnunet_ssl_demo"), help="folder for everything")
+    for add in (
+        _trainers_arguments,
+        _convert_arguments,
+        _split_arguments,
+        _preprocess_arguments,
+        _pseudo_label_arguments,
+        _export_arguments,
+        _evaluate_arguments,
+        _preview_arguments,
+        _compare_arguments,
+        _doctor_arguments,
+        _demo_arguments,
+    ):
+        add(commands)
     return parser
 
 

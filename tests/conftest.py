@@ -76,8 +76,8 @@ def labels_dataset(labels, request) -> Path:
 def make_tiny_dataset(number: int, name: str, residual: bool = False, **raw) -> Path:
     from tiny import make_raw_dataset, plan
 
-    from nnunet_ssl.preprocessing import preprocess_unlabeled
-    from nnunet_ssl.splits import save_splits
+    from nnunet_ssl.commands.preprocess import preprocess_unlabeled
+    from nnunet_ssl.data.splits import save_splits
 
     make_raw_dataset(number, name, cases=7, unlabeled=2, test=1, **raw)
     folder = plan(number, residual=residual)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from training import make_trainer, seed
+from tiny_trainers import make_trainer, seed
 
-from nnunet_ssl.data import Batch
+from nnunet_ssl.data.loading import Batch
 
 
 def started(trainer, dataset, **settings):

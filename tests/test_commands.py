@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.paths import nnUNet_raw, nnUNet_results
-from training import every_trainer
+from tiny_trainers import every_trainer
 
-from nnunet_ssl.checkpoints import CHECKPOINT_KEY
 from nnunet_ssl.cli import main
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 
 # what a user would put into a folder of their own on nnUNet_extTrainer
 USERS_TRAINER = """

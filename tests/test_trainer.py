@@ -16,15 +16,15 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from tiny_trainers import make_trainer, seed
 from torch import nn
-from training import make_trainer, seed
 
-from nnunet_ssl.checkpoints import CHECKPOINT_KEY
-from nnunet_ssl.export import export_model
-from nnunet_ssl.monitoring import NAMES
-from nnunet_ssl.networks import forward_with_features, frozen_copy, logits
+from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, logits
+from nnunet_ssl.commands.export import export_model
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
+from nnunet_ssl.training.history import NAMES
 
 
 class TwoGraphs(SemiSupervisedTrainer):
@@ -66,7 +66,9 @@ def test_every_group_is_back_propagated_before_the_next_one_and_the_gradients_ad
     expected = torch.autograd.grad(total, list(trainer.network.parameters()), allow_unused=True)
 
     seen = []
-    monkeypatch.setattr(trainer, "_update_weights", lambda: seen.extend(p.grad for p in trainer.network.parameters()))
+    monkeypatch.setattr(
+        "nnunet_ssl.trainer.update_weights", lambda *_: seen.extend(p.grad for p in trainer.network.parameters())
+    )
     result = trainer.train_step(raw)
     torch.testing.assert_close(trainer.between, [g for g in first if g is not None])
     torch.testing.assert_close(seen, list(expected))
@@ -248,7 +250,7 @@ def test_a_head_is_trained_observed_validated_resumed_and_left_out_of_an_export(
         steps.append(made.train_step(next(made.dataloader_train)))
     assert steps[0] == steps[1]
 
-    monkeypatch.setattr("nnunet_ssl.export.recursive_find_trainer_class_by_name", lambda name: WithHead)
+    monkeypatch.setattr("nnunet_ssl.commands.export.recursive_find_trainer_class_by_name", lambda name: WithHead)
     assert export_model("701", "3d_fullres", "WithHead", tmp_path / "exported") == {"fold_0": "student"}
     exported = torch.load(tmp_path / "exported" / "fold_0" / "checkpoint_final.pth", weights_only=False)
     assert exported["network_weights"].keys() == trainer.network.state_dict().keys()
@@ -393,7 +395,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 sys.path.insert(0, {tests!r})
 import multiprocessing
 from pathlib import Path
-from training import make_trainer, seed
+from tiny_trainers import make_trainer, seed
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 import torch
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
+from tiny_trainers import every_trainer, make_trainer, seed
 from torch.nn.parallel import DistributedDataParallel
-from training import every_trainer, make_trainer, seed
 
-from nnunet_ssl.networks import unwrap
+from nnunet_ssl.blocks.networks import unwrap
 
 SAMPLE_WISE = {"nnUNetTrainerMeanTeacher", "nnUNetTrainerCPS"}  # with no noise, the loss is a mean over the samples
 STEPS = 3

@@ -10,11 +10,11 @@ wait. The student is deployed, as in the released code.
 
 import torch
 
-from nnunet_ssl.losses import masked_loss
-from nnunet_ssl.mixing import box_mask, mix, mix_halves
-from nnunet_ssl.networks import frozen_copy, logits, update_ema
-from nnunet_ssl.pseudo_labels import keep_largest_component
-from nnunet_ssl.schedules import warmup_decay
+from nnunet_ssl.blocks.losses import masked_loss
+from nnunet_ssl.blocks.mixing import box_mask, mix, mix_halves
+from nnunet_ssl.blocks.networks import frozen_copy, logits, update_ema
+from nnunet_ssl.blocks.pseudo_labels import keep_largest_component
+from nnunet_ssl.blocks.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 

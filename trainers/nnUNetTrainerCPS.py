@@ -5,8 +5,8 @@ the SSL4MIS benchmark; its weight lies between that benchmark's (0.1, or 0.2 whe
 the paper's (1.5). The first student is deployed. With -pretrained_weights only the first student starts from them.
 """
 
-from nnunet_ssl.losses import cross_entropy
-from nnunet_ssl.networks import logits
+from nnunet_ssl.blocks.losses import cross_entropy
+from nnunet_ssl.blocks.networks import logits
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
@@ -24,7 +24,7 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
         weight = self.cross_weight * self.ramp
         yield {"supervised": self.loss(first(batch.image), batch.target)}
         yield {"supervised_2": self.loss(second(batch.image), batch.target)}
-        for part in self.parts(len(batch.unlabeled)):
+        for part in self.half_batches(len(batch.unlabeled)):
             image = batch.unlabeled[part]
             share = weight * len(image) / len(batch.unlabeled)
             output, output_2 = logits(first, image), logits(second, image)

@@ -15,9 +15,9 @@ Differs from the paper on purpose (it has no public code):
 
 import torch
 
-from nnunet_ssl.losses import full_resolution, probability_mse, reweighted
-from nnunet_ssl.mixing import box_mask, mix
-from nnunet_ssl.networks import (
+from nnunet_ssl.blocks.losses import full_resolution, probability_mse, reweighted
+from nnunet_ssl.blocks.mixing import box_mask, mix
+from nnunet_ssl.blocks.networks import (
     frozen_copy,
     logits,
     require_stages,
@@ -26,8 +26,8 @@ from nnunet_ssl.networks import (
     update_weighted_ema,
     with_interpolation,
 )
-from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.schedules import warmup_decay
+from nnunet_ssl.blocks.perturbations import add_noise
+from nnunet_ssl.blocks.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
@@ -71,7 +71,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             del output
 
         size = len(batch.unlabeled)
-        for part in self.parts(size):
+        for part in self.half_batches(size):
             weight = self.ramp * self.unlabeled_weight * len(pseudo[part]) / size
             outputs = [logits(student, add_noise(batch.unlabeled[part], self.noise)) for student in students]
             terms = {}

@@ -10,11 +10,11 @@ The student is deployed, as in the released code.
 
 import torch
 
-from nnunet_ssl.losses import feature_cosine, feature_l1, masked_loss, shrink
-from nnunet_ssl.mixing import block_mask, halves, mix_halves
-from nnunet_ssl.networks import forward_with_features, frozen_copy, require_stages, update_ema
-from nnunet_ssl.pseudo_labels import keep_largest_component
-from nnunet_ssl.schedules import warmup_decay
+from nnunet_ssl.blocks.losses import feature_cosine, feature_l1, masked_loss, shrink
+from nnunet_ssl.blocks.mixing import block_mask, halves, mix_halves
+from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, require_stages, update_ema
+from nnunet_ssl.blocks.pseudo_labels import keep_largest_component
+from nnunet_ssl.blocks.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 

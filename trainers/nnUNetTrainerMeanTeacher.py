@@ -7,10 +7,10 @@ nnU-Net's Dice + cross entropy is twice that code's supervised loss.
 
 import torch
 
-from nnunet_ssl.losses import probability_mse
-from nnunet_ssl.networks import frozen_copy, logits, update_ema
-from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.schedules import warmup_decay
+from nnunet_ssl.blocks.losses import probability_mse
+from nnunet_ssl.blocks.networks import frozen_copy, logits, update_ema
+from nnunet_ssl.blocks.perturbations import add_noise
+from nnunet_ssl.blocks.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 

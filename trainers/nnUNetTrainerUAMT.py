@@ -10,11 +10,11 @@ code's supervised loss.
 import torch
 import torch.nn.functional as F
 
-from nnunet_ssl.losses import probability_mse
-from nnunet_ssl.networks import forward_with_features, frozen_copy, logits, require_stages, update_ema
-from nnunet_ssl.perturbations import add_noise
-from nnunet_ssl.pseudo_labels import uncertainty
-from nnunet_ssl.schedules import sigmoid_rampup, warmup_decay
+from nnunet_ssl.blocks.losses import probability_mse
+from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, logits, require_stages, update_ema
+from nnunet_ssl.blocks.perturbations import add_noise
+from nnunet_ssl.blocks.pseudo_labels import uncertainty
+from nnunet_ssl.blocks.schedules import sigmoid_rampup, warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 

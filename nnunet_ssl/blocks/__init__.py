@@ -1,0 +1,1 @@
+"""What a method is made of: pure functions of tensors and networks."""

@@ -1,0 +1,1 @@
+"""The work of `nnunet-ssl <command>`, one file a command."""

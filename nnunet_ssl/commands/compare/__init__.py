@@ -1,0 +1,1 @@
+"""`nnunet-ssl compare`: the jobs, one job, and the table of their results."""

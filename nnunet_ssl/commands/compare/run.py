@@ -1,0 +1,213 @@
+"""Comparing trainers on the same folds: train, predict the test scans, evaluate; one table and one figure."""
+
+import contextlib
+import io
+import shlex
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from nnunetv2 import paths
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from tqdm import tqdm
+
+from nnunet_ssl.commands.compare.job import PROTOCOL, Job, finished, run_safely, trained
+from nnunet_ssl.commands.compare.table import case_values, comma_separated, latex, make_rows, markdown
+from nnunet_ssl.data.dataset_json import channel_names, read_dataset_json
+from nnunet_ssl.data.preprocessed import load_plans
+from nnunet_ssl.data.scans import find_scans
+from nnunet_ssl.data.splits import check_fold
+from nnunet_ssl.system.cluster import make_executor, run_jobs
+from nnunet_ssl.system.files import replacing
+
+TABLE, FIGURE = "comparison", "comparison.png"  # the table's name, without its endings
+# a training of nnU-Net's 1000 epochs takes one to two days
+SLURM = {"name": "nnunet-ssl", "timeout_min": 2880}
+
+
+def compare(
+    dataset: str,
+    configuration: str,
+    folds: Sequence[int | str],
+    trainers: Sequence[str],
+    plans_identifier: str = "nnUNetPlans",
+    output: Path | None = None,
+    train: bool = False,
+    launcher: str = "local",
+    slurm: dict[str, str | int] | None = None,
+    device: str = "cuda",
+    num_processes: int = 3,
+    mirroring: bool = True,
+) -> tuple[str, dict[str, str]]:
+    """Predicts imagesTs with every trainer and fold, evaluates against labelsTs, and writes a table and a figure.
+
+    What is finished stays: an interrupted comparison goes on with the job that it was at. A trainer that fails has the
+    reason in its row, the others go on.
+
+    Args:
+        dataset: id or name.
+        configuration: of the models.
+        folds: numbers or "all".
+        trainers: the others are tested against the first one.
+        plans_identifier: of the models.
+        output: folder for table, figure, predictions and logs; default: a folder in nnUNet_results/DATASET.
+        train: train what is not trained yet, and go on with what is half trained.
+        launcher: "local", one job after the other, or "slurm", a job of the cluster for every trainer and fold.
+        slurm: settings of the cluster's jobs, see `make_executor`.
+        device: "cuda", "cpu" or "mps".
+        num_processes: for preprocessing, export and evaluation.
+        mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
+
+    Returns:
+        The table in Markdown, and per trainer that failed the reason.
+
+    Raises:
+        FileNotFoundError: no dataset, test scans or trained model; the message has the fix.
+        ValueError: no such configuration, fold, trainer or device, or scans and labels that are not of the same cases.
+        NotImplementedError: a cascade.
+        ImportError: the launcher is "slurm" and submitit is not installed.
+    """
+    name = str(maybe_convert_to_dataset_name(dataset))
+    folds, trainers = list(dict.fromkeys(folds)), list(dict.fromkeys(trainers))  # each once
+    output = Path(output or Path(paths.nnUNet_results, name, f"comparison_{plans_identifier}_{configuration}"))
+    output = output.absolute()
+    shared = (output, train, device, max(1, num_processes), mirroring)
+    jobs = [Job(name, configuration, plans_identifier, t, fold, *shared) for t in trainers for fold in folds]
+    check_dataset(name, configuration, plans_identifier, folds)
+    check_trainers(trainers)
+    if not train:
+        check_trained(jobs)
+    executor = None
+    if launcher == "slurm":
+        gpus = {"gpus_per_node": 1} if device == "cuda" else {}
+        executor = make_executor(output / "jobs", SLURM | gpus | (slurm or {}))
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA device here. Choose another one: -device cpu, or -device mps.")
+
+    for folder in (output / "logs", output / "predictions"):
+        folder.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if not finished(job, job.predictions)]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs were finished before. Logs: {output / 'logs'}")
+    failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, {job.name: job for job in todo})
+    lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
+    # what another computer has written may not be seen here; or the model was trained anew meanwhile
+    failures |= {
+        job.name: f"{job.predictions} is missing or old, run the command again; log: {job.log}" for job in lost
+    }
+    return report(jobs, failures)
+
+
+def check_dataset(name: str, configuration: str, plans_identifier: str, folds: Sequence[int | str]) -> None:
+    """Raises where the dataset, its plans, one of the folds or the test scans with their labels are missing."""
+    raw, preprocessed = Path(paths.nnUNet_raw, name), Path(paths.nnUNet_preprocessed, name)
+    if not (raw / "dataset.json").is_file():
+        raise FileNotFoundError(f"{raw / 'dataset.json'} is missing. Give the id or name of a dataset in nnUNet_raw.")
+    plans = load_plans(preprocessed, plans_identifier, [configuration])
+    if plans.get_configuration(configuration).previous_stage_name is not None:
+        raise NotImplementedError(f"{configuration} is a cascade. Compare 2d, 3d_lowres or 3d_fullres.")
+    splits = preprocessed / "splits_final.json"
+    for fold in [fold for fold in folds if fold != "all"]:
+        check_fold(splits, fold)
+
+    description = read_dataset_json(raw / "dataset.json", "channel_names", "labels", "file_ending")
+    ending, channels = description["file_ending"], len(channel_names(description))
+    scans = find_scans(raw / "imagesTs", ending)[0]
+    labels = {file.name.removesuffix(ending) for file in (raw / "labelsTs").glob(f"*{ending}")}
+    for folder, found in ((raw / "imagesTs", scans), (raw / "labelsTs", labels)):
+        if not found:
+            raise FileNotFoundError(f"{folder} has no file *{ending}. Put the test scans, or their labels, there.")
+    problems = [f"{case}: no label in {raw / 'labelsTs'}" for case in sorted(scans.keys() - labels)]
+    problems += [f"{case}: no scan in {raw / 'imagesTs'}" for case in sorted(labels - scans.keys())]
+    problems += [f"{c}: {len(files)} channels, not {channels}" for c, files in scans.items() if len(files) != channels]
+    if problems:
+        raise ValueError("Test scans and their labels have to be of the same cases:\n  " + "\n  ".join(problems))
+
+
+def check_trainers(trainers: Sequence[str]) -> None:
+    """Raises where nnU-Net's own finder does not find a trainer."""
+    missing = []
+    for trainer in trainers:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the finder names every file that it opens
+                recursive_find_trainer_class_by_name(trainer)
+        except Exception as error:  # the finder imports every trainer that it passes: anything can come out of one
+            missing.append(f"{trainer}: {type(error).__name__}: {textwrap.shorten(str(error), 120)}")
+    if missing:
+        raise ValueError(
+            "nnU-Net does not find every trainer. Correct -tr, or see: nnunet-ssl doctor\n  " + "\n  ".join(missing)
+        )
+
+
+def check_trained(jobs: Sequence[Job]) -> None:
+    """Raises where a trained model is missing, with the command that trains it."""
+    missing = [job for job in jobs if not trained(job)]
+    if missing:
+        commands = (shlex.join([*job.training(), "-device", job.device]) for job in missing)
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(jobs)} models are not trained. Add --train, or train them first:\n  "
+            + "\n  ".join(commands)
+        )
+
+
+def run_here(jobs: Sequence[Job]) -> dict[str, str]:
+    """Runs one job after the other behind a progress bar; why jobs failed, by their names."""
+    failures = {}
+    with tqdm(jobs, unit="job", disable=None) as bar:  # None: no bar in files and pipes
+        for job in bar:
+            reason = run_safely(
+                job, lambda step, job=job: bar.set_description(f"{job.trainer}, fold {job.fold}: {step}")
+            )
+            bar.write(f"{job.name}: {'finished' if reason is None else f'failed: {reason}'}")
+            if reason is not None:
+                failures[job.name] = reason
+    return failures
+
+
+def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Writes table and figure into the jobs' output folder; what `compare` returns.
+
+    Args:
+        failures: reasons by the names of the jobs.
+    """
+    by_trainer: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_trainer.setdefault(job.trainer, []).append(job)
+    failed = {
+        trainer: "; ".join(f"fold {job.fold}: {failures[job.name]}" for job in own if job.name in failures)
+        for trainer, own in by_trainer.items()
+    }
+    failed = {trainer: reason for trainer, reason in failed.items() if reason}
+    values = {
+        trainer: {} if trainer in failed else case_values([job.predictions / "evaluation.csv" for job in own])
+        for trainer, own in by_trainer.items()
+    }
+    rows, text, output = make_rows(values, failed), caption(jobs), jobs[0].output
+    contents = {".md": markdown(rows, text), ".csv": comma_separated(rows), ".tex": latex(rows, text)}
+    for ending, content in contents.items():
+        with replacing(output / f"{TABLE}{ending}") as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    dice = {t: {case: metrics["Dice"] for case, metrics in cases.items()} for t, cases in values.items() if cases}
+    (output / FIGURE).unlink(missing_ok=True)  # it would be of other numbers than the table
+    if dice:
+        from nnunet_ssl.commands.pictures import compare_cases  # imports matplotlib
+
+        compare_cases(dice, output / FIGURE)
+    return contents[".md"], failed
+
+
+def caption(jobs: Sequence[Job]) -> str:
+    """What the numbers are."""
+    job, folds = jobs[0], list(dict.fromkeys(str(job.fold) for job in jobs))
+    mirrored = "with" if job.mirroring else "without"
+    return (
+        f"{job.dataset}, {job.configuration}, {job.plans}, fold {', '.join(folds)}; final checkpoint, {mirrored} "
+        f"mirroring at prediction. Mean ± standard deviation over the test cases; the value of a case is the mean over "
+        f"its labels, then over the folds. Protocol {PROTOCOL} of nnunet-ssl evaluate: all voxels of the prediction "
+        f"count, HD95 is the 95 % Hausdorff distance and ASD the average surface distance from prediction to "
+        f"reference, both in mm. 'No distance' counts the cases in which one of the two masks is empty; they are left "
+        f"out of HD95 and ASD. p is that of the two-sided Wilcoxon signed-rank test of the Dice, paired by case, "
+        f"against {job.trainer}, not corrected for the number of comparisons. It tells nothing about the variation "
+        f"between trainings."
+    )

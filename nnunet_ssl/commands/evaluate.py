@@ -1,0 +1,245 @@
+"""How far predictions are from their references: overlap, and distances between the surfaces."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from scipy import ndimage
+
+from nnunet_ssl.data.dataset_json import read_dataset_json
+from nnunet_ssl.data.scans import as_text, geometry
+from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.pool import run_all, worker_pool
+
+
+class SurfaceDistances(NamedTuple):
+    """Of a prediction and a reference, in the unit of the spacing; NaN where one of them is empty.
+
+    Attributes:
+        hd95: 95th percentile of the distances of both directions together (95 % Hausdorff distance).
+        asd: mean distance from the prediction's surface to the reference's, in this direction only.
+        assd: mean of the distances of both directions together.
+    """
+
+    hd95: float
+    asd: float
+    assd: float
+
+
+def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances:
+    """95 % Hausdorff and average surface distances of two masks.
+
+    The surface is every voxel of the mask with a face neighbour outside of it; outside of the image counts as outside.
+    These definitions are those of the tool that the literature on this topic uses.
+
+    Args:
+        prediction: bool, two or three axes.
+        reference: bool, the same shape.
+        spacing: size of a voxel along every axis of the arrays, in mm; ones give distances in voxels.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if prediction.shape != reference.shape:
+        raise ValueError(f"Prediction and reference differ in shape: {prediction.shape} and {reference.shape}.")
+    if not (prediction.any() and reference.any()):
+        return SurfaceDistances(np.nan, np.nan, np.nan)
+    # all surfaces and the way between them lie in the box around both masks
+    box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]
+    surfaces = [mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (prediction, reference)]
+    there, back = (
+        ndimage.distance_transform_edt(~target, sampling=spacing)[source]
+        for source, target in (surfaces, surfaces[::-1])
+    )
+    both = np.concatenate([there, back])
+    return SurfaceDistances(float(np.percentile(both, 95)), float(there.mean()), float(both.mean()))
+
+
+METRICS = ("Dice", "Jaccard", "HD95_mm", "ASD_mm", "ASSD_mm", "HD95_voxels", "ASD_voxels", "ASSD_voxels")
+
+
+# Keyword arguments of case_metrics. The last two are those of published tables, which are in voxels.
+PROTOCOLS = {
+    "strict": {},
+    # test_3d_patch.py of BCP, and the same in SS-Net, AD-MT and M3HL; UA-MT and MC-Net keep all components
+    "la-literature": {"largest_component": True, "zero_where_empty": True},
+    # test_ACDC.py of BCP, and the same in SS-Net and MC-Net; SSL4MIS stops where a prediction is empty
+    "acdc-literature": {"zero_where_empty": True},
+}
+
+
+def case_metrics(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    largest_component: bool = False,
+    zero_where_empty: bool = False,
+) -> dict[str, float]:
+    """The METRICS of two masks; Dice and Jaccard in [0, 1].
+
+    With one mask empty Dice and Jaccard are 0 and the distances NaN, with both everything is NaN, as in nnU-Net.
+
+    Args:
+        prediction: bool, two or three axes.
+        reference: bool, the same shape.
+        spacing: size of a voxel along every axis of the arrays, in mm.
+        largest_component: only the largest component of the prediction counts; voxels that touch by a corner are
+            connected.
+        zero_where_empty: everything is 0 where the prediction is empty, which flatters the distances.
+    """
+    if largest_component and prediction.any():
+        # the first of several that are as large
+        parts, _ = ndimage.label(prediction, np.ones([3] * prediction.ndim))
+        prediction = parts == np.bincount(parts.ravel())[1:].argmax() + 1
+    if zero_where_empty and not prediction.any():
+        return dict.fromkeys(METRICS, 0.0)
+    both, either = int((prediction & reference).sum()), int((prediction | reference).sum())
+    overlap = (2 * both / (both + either), both / either) if either else (np.nan, np.nan)
+    millimetres = surface_distances(prediction, reference, spacing)
+    voxels = surface_distances(prediction, reference, [1.0] * prediction.ndim)
+    return dict(zip(METRICS, (*overlap, *millimetres, *voxels), strict=True))
+
+
+def evaluate_case(
+    prediction_file: Path,
+    reference_file: Path,
+    labels: dict[str, tuple[int, ...]],
+    ignore_label: int | None,
+    reader: type[BaseReaderWriter],
+    options: dict[str, bool],
+) -> dict[str, dict[str, float]] | str:
+    """METRICS per label or region of one case; a sentence where the two files are not of the same scan.
+
+    Voxels with the ignore label belong to neither mask. The options are keyword arguments of `case_metrics`.
+    """
+    prediction, properties = reader().read_seg(str(prediction_file))
+    reference, wanted = reader().read_seg(str(reference_file))
+    expected = geometry(reference, wanted)
+    for key, value in geometry(prediction, properties).items():
+        if np.shape(value) != np.shape(expected[key]) or not np.allclose(value, expected[key], rtol=1e-4, atol=1e-3):
+            return f"{prediction_file.name}: {key} {as_text(value)}, but the reference has {as_text(expected[key])}"
+    # a 2D image has one slice, which is no axis to measure along
+    flat = reference.shape[1] == 1
+    spacing = wanted["spacing"][1:] if flat else wanted["spacing"]
+    prediction, reference = ((x[0, 0] if flat else x[0]) for x in (prediction, reference))
+    counts = np.full(reference.shape, True) if ignore_label is None else reference != ignore_label
+    return {
+        name: case_metrics(np.isin(prediction, v) & counts, np.isin(reference, v) & counts, spacing, **options)
+        for name, v in labels.items()
+    }
+
+
+def evaluate(
+    reference: Path,
+    prediction: Path,
+    dataset_json: Path | None = None,
+    output: Path | None = None,
+    num_processes: int = 4,
+    protocol: str = "strict",
+) -> str:
+    """Compares a folder of predictions with one of references, case by case and label by label (or region).
+
+    Args:
+        reference: folder of label files, as labelsTs.
+        prediction: folder of label files of the same names.
+        dataset_json: for labels, regions and the file ending; default: dataset.json in `prediction`, where
+            nnUNetv2_predict puts it, or beside `reference`.
+        output: folder for evaluation.csv (a row per case and label) and evaluation.json (the means); default:
+            `prediction`.
+        num_processes: cases at a time.
+        protocol: "strict" counts all voxels, and a case with an empty mask has no distance. "la-literature" and
+            "acdc-literature" count as the scripts do that the published tables of these datasets come from: everything
+            is 0 where the prediction of a label is empty, and for the left atrium only its largest component counts.
+
+    Returns:
+        The means as a Markdown table: Dice and Jaccard in percent, distances in mm for "strict", else in voxels.
+
+    Raises:
+        FileNotFoundError: no dataset.json, or no reference.
+        ValueError: no such protocol, missing or surplus files, or files that do not fit together; nothing is written
+            then.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"There is no protocol {protocol!r}. Choose among {', '.join(PROTOCOLS)}.")
+    places = [dataset_json] if dataset_json else [prediction / "dataset.json", reference.parent / "dataset.json"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"Neither of these is there: {', '.join(map(str, places))}. Give one: -djfile FILE")
+    description = read_dataset_json(file, "labels", "file_ending")
+    ending = description["file_ending"]
+    wanted, found = ({f.name for f in folder.glob(f"*{ending}")} for folder in (reference, prediction))
+    if not wanted:
+        raise FileNotFoundError(f"{reference} has no file *{ending}.")
+    problems = [f"{name}: no prediction in {prediction}" for name in sorted(wanted - found)]
+    problems += [f"{name}: no reference in {reference}" for name in sorted(found - wanted)]
+    if problems:
+        raise ValueError("Nothing was evaluated:\n  " + "\n  ".join(problems))
+
+    labels, ignore_label = label_values(description)
+    reader = determine_reader_writer_from_dataset_json(description, str(reference / min(wanted)))
+    shared = (labels, ignore_label, reader, PROTOCOLS[protocol])
+    jobs = {name.removesuffix(ending): (prediction / name, reference / name, *shared) for name in sorted(wanted)}
+    with worker_pool(min(num_processes, len(jobs))) as pool:
+        results = run_all(pool, evaluate_case, jobs, "Evaluating")
+    problems = [result for result in results.values() if isinstance(result, str)]
+    if problems:
+        raise ValueError("Predictions and references are not of the same scans:\n  " + "\n  ".join(problems))
+
+    rows = [(case, label, metrics) for case in jobs for label, metrics in results[case].items()]
+    output = Path(output or prediction)
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(output / "evaluation.csv") as temporary, temporary.open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["case", "label", *METRICS])
+        writer.writerows([case, label, *(repr(float(m[name])) for name in METRICS)] for case, label, m in rows)
+    means = {label: statistics_of([m for _, name, m in rows if name == label]) for label in labels}
+    with replacing(output / "evaluation.json") as temporary:
+        summary = {"protocol": protocol, "reference": str(reference), "cases": len(jobs), "labels": means}
+        temporary.write_text(json.dumps(summary, indent=1))
+    return markdown(means, "mm" if protocol == "strict" else "voxels")
+
+
+def label_values(dataset_json: dict) -> tuple[dict[str, tuple[int, ...]], int | None]:
+    """Name to values of the foreground labels or regions of a dataset.json, and the ignore label."""
+    labels = dict(dataset_json["labels"])
+    ignore_label = labels.pop("ignore", None)
+    as_tuples = {name: tuple(v) if isinstance(v, list) else (int(v),) for name, v in labels.items()}
+    return {name: values for name, values in as_tuples.items() if values != (0,)}, ignore_label
+
+
+def statistics_of(cases: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Per metric the mean, standard deviation and worst of the cases that have one, and how many have none."""
+    summary = {}
+    for name in METRICS:
+        values = np.array([case[name] for case in cases], dtype=float)
+        values, missing = values[~np.isnan(values)], int(np.isnan(values).sum())
+        worst = np.min if name in ("Dice", "Jaccard") else np.max
+        figures = (values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0, worst(values)) if len(values) else ()
+        keys = ("mean", "sd", "worst")
+        summary[name] = dict(zip(keys, map(float, figures), strict=True)) if figures else dict.fromkeys(keys)
+        summary[name]["undefined"] = missing
+    return summary
+
+
+def markdown(means: dict[str, dict], unit: str) -> str:
+    """Table of the means over the cases, and a line per label with cases that have no distance."""
+    columns = ("Dice", "Jaccard", f"HD95_{unit}", f"ASD_{unit}", f"ASSD_{unit}")
+    heads = " | ".join(f"{c} (%)" if "_" not in c else f"{c.split('_')[0]} ({unit})" for c in columns)
+    lines = [f"| label | {heads} | worst Dice (%) |", "|---" * (len(columns) + 2) + "|"]
+    notes = []
+    for label, metrics in means.items():
+        shown = [_figure(metrics[c]["mean"], 100 if "_" not in c else 1) for c in columns]
+        lines.append(f"| {label} | {' | '.join(shown)} | {_figure(metrics['Dice']['worst'], 100)} |")
+        missing = metrics[columns[2]]["undefined"]
+        notes += [f"{label}: no distance in {missing} cases, where a mask is empty"] if missing else []
+    return "\n".join([*lines, *notes])
+
+
+def _figure(value: float | None, factor: float) -> str:
+    return "" if value is None else f"{factor * value:.2f}"

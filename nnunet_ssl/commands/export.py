@@ -1,0 +1,159 @@
+"""Exporting a model that plain nnU-Net predicts with: the trainer's name is nnU-Net's own, our state is left out."""
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_output_folder
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from tqdm import tqdm
+
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
+
+PROVENANCE_KEY = "nnunet_ssl_provenance"
+NEEDED = ("plans.json", "dataset.json")
+FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf")  # where they are there
+
+
+def export_model(
+    dataset: str,
+    configuration: str,
+    trainer: str,
+    output: Path,
+    folds: Sequence[int | str] | None = None,
+    plans_identifier: str = "nnUNetPlans",
+    checkpoint: str = "checkpoint_final.pth",
+    network: str | None = None,
+) -> dict[str, str]:
+    """Writes a trained model as one of nnUNetTrainer, for machines on which only nnU-Net is installed.
+
+    Args:
+        dataset: id or name.
+        configuration: of the trained model.
+        trainer: one of ours.
+        output: a new folder, the model folder of nnUNetv2_predict_from_modelfolder; or, ending in .zip, a file for
+            nnUNetv2_install_pretrained_model_from_zip. A file is replaced.
+        folds: numbers or "all"; None: the numbers that are trained, or else "all".
+        plans_identifier: of the trained model.
+        checkpoint: file name in the folders of the folds.
+        network: "student", "teacher" or another network of the checkpoint; None: the deployed one.
+
+    Returns:
+        Per fold folder the name of the network that was exported. Validation results go along only with the weights
+        that nnU-Net has validated: the deployed network of the final checkpoint.
+
+    Raises:
+        FileNotFoundError: a fold's checkpoint is missing; FileExistsError: the folder is there already.
+        ValueError: a checkpoint is damaged; the model is not of one of our trainers, or has no such network.
+        NotImplementedError: the trainer has another architecture than nnUNetTrainer.
+    """
+    output, dataset = Path(output), str(maybe_convert_to_dataset_name(dataset))
+    zipped = output.suffix.lower() == ".zip"
+    if output.is_dir() or (output.exists() and not zipped):
+        raise FileExistsError(f"{output} exists already. Remove it or choose another -o.")
+    model = Path(get_output_folder(dataset, trainer, plans_identifier, configuration))
+    folders = [f"fold_{fold}" for fold in folds] if folds is not None else _trained_folds(model, checkpoint)
+    files = [model / folder / checkpoint for folder in folders] or [model / "fold_0" / checkpoint]
+    missing = [str(file) for file in [*files, *(model / name for name in NEEDED)] if not file.is_file()]
+    if missing:
+        untrained = (folder for folder in folders if not (model / folder / checkpoint).is_file())
+        fold = next(untrained, "fold_0").removeprefix("fold_")
+        raise FileNotFoundError(
+            f"{', '.join(missing)} is missing. Train it first: "
+            f"nnUNetv2_train {dataset[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
+        )
+    own = recursive_find_trainer_class_by_name(trainer)
+    if own.build_network_architecture is not nnUNetTrainer.build_network_architecture:
+        raise NotImplementedError(f"{trainer} builds its own network, which plain nnU-Net does not know.")
+
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export_") as scratch:
+        inner = Path(dataset, Path(get_output_folder(dataset, "nnUNetTrainer", plans_identifier, configuration)).name)
+        target = Path(scratch, inner)
+        target.mkdir(parents=True)
+        _copy(model, target, (*NEEDED, "dataset_fingerprint.json"))
+        exported, validated = {}, True
+        for folder in tqdm(folders, desc="Exporting", unit="fold", disable=None):
+            exported[folder], same = export_fold(model / folder, target / folder, checkpoint, network)
+            validated &= same
+        if validated and folders != ["fold_all"]:
+            numbers = tuple(int(folder.removeprefix("fold_")) for folder in folders)
+            results = f"crossval_results_folds_{folds_tuple_to_string(numbers)}"
+            _copy(model / results, target / results, ("summary.json", "postprocessing.pkl", "postprocessing.json"))
+        if zipped:
+            archive = Path(scratch, "model.zip")
+            with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+                for path in sorted(target.rglob("*")):
+                    file.write(path, path.relative_to(scratch))
+            os.replace(archive, output)
+        else:
+            os.replace(target, output)
+    return exported
+
+
+def export_fold(source: Path, target: Path, checkpoint: str, network: str | None) -> tuple[str, bool]:
+    """Writes a fold of the model; its validation goes along where nnU-Net has validated the same weights.
+
+    Args:
+        source: folder of the fold.
+        target: the same in the exported model; it is made.
+        checkpoint: its file name.
+        network: see `export_model`.
+
+    Returns:
+        Name of the network, and whether its weights are the validated ones.
+    """
+    _copy(source, target, FOLD_FILES)
+    state = read_checkpoint(source / checkpoint)
+    deployed = state.get(CHECKPOINT_KEY, {}).get("inference_network")
+    exported = plain(state, source / checkpoint, network)
+    target.mkdir(exist_ok=True)
+    torch.save(state, target / checkpoint)
+    validated = checkpoint == "checkpoint_final.pth" and exported == deployed
+    if validated:
+        _copy(source, target, ("validation/summary.json",))
+    return exported, validated
+
+
+def plain(state: dict, file: Path, network: str | None) -> str:
+    """Turns a checkpoint of ours into one of nnUNetTrainer, in place; returns the network whose weights it has.
+
+    What it was stays under one extra key, which nnU-Net does not read: trainer, network, version.
+    """
+    ours = state.pop(CHECKPOINT_KEY, None)
+    if ours is None:
+        raise ValueError(f"{file} was not written by one of our trainers. Use nnUNetv2_export_model_to_zip.")
+    network = network or ours["inference_network"]
+    deployed = state["network_weights"]
+    networks = {"student": ours["student"], **ours["companions"], ours["inference_network"]: deployed}
+    if network not in networks:
+        raise ValueError(f"{file} has no network {network!r}; it has {', '.join(sorted(networks))}.")
+    weights = networks[network]
+    if {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in deployed.items()}:
+        raise ValueError(f"{file}: plain nnU-Net cannot load {network}, whose architecture is another one.")
+    version = metadata.version("nnunet-ssl")
+    state[PROVENANCE_KEY] = {"trainer": state["trainer_name"], "network": network, "nnunet-ssl": version}
+    state.update(network_weights=weights, trainer_name="nnUNetTrainer")
+    return network
+
+
+def _trained_folds(model: Path, checkpoint: str) -> list[str]:
+    """The numbered folds; where there is none, fold_all."""
+    trained = {file.parent.name for file in model.glob(f"fold_*/{checkpoint}")}
+    numbered = sorted(folder for folder in trained if folder.removeprefix("fold_").isdecimal())
+    return numbered or sorted(trained & {"fold_all"})
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies those of the files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)

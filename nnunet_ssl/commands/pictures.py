@@ -1,0 +1,104 @@
+"""Pictures of segmentations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.figure import Figure
+
+from nnunet_ssl.system.colours import COLOURS
+from nnunet_ssl.system.files import replacing
+
+# colours that people with any colour vision tell apart (Okabe and Ito), and lines that differ without colour
+REFERENCE, PREDICTION = "#E69F00", "#56B4E9"
+
+
+def compare_segmentations(
+    images: Sequence[Path], references: Sequence[Path], predictions: dict[str, Sequence[Path]], output: Path
+) -> None:
+    """Writes a picture: a row per scan, a column for the image and one per model, reference and prediction as outlines.
+
+    Every row shows the slice with the largest part of the reference, and the Dice of the whole scan.
+
+    Args:
+        images: files of the scans, one channel each.
+        references: label files of the same scans, everything above 0 counts.
+        predictions: name of a model to its label files.
+        output: PNG file; replaced in one step.
+    """
+    rows, columns = len(images), 1 + len(predictions)
+    figure = Figure(figsize=(2.6 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, (image_file, reference_file) in enumerate(zip(images, references, strict=True)):
+        image, reference = read(image_file), read(reference_file) > 0
+        chosen = int(reference.sum((1, 2)).argmax())
+        columns_of_row = {"scan and reference": reference} | {n: read(f[row]) > 0 for n, f in predictions.items()}
+        for axis, (name, mask) in zip(axes[row], columns_of_row.items(), strict=True):
+            axis.imshow(image[chosen], cmap="gray", interpolation="nearest")
+            outline(axis, reference[chosen], REFERENCE, "solid")
+            if mask is not reference:
+                outline(axis, mask[chosen], PREDICTION, "dashed")
+                overlap = 200 * (mask & reference).sum() / max(1, mask.sum() + reference.sum())
+                axis.set_xlabel(f"Dice {overlap:.0f} %")
+            axis.set(xticks=[], yticks=[], title=name if row == 0 else "")
+        axes[row][0].set_ylabel(image_file.name.partition(".")[0].removesuffix("_0000"))
+    handles = [
+        matplotlib.lines.Line2D([], [], color=REFERENCE, label="reference"),
+        matplotlib.lines.Line2D([], [], color=PREDICTION, linestyle="dashed", label="prediction"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
+    """Writes a figure of the Dice of every case: a column per trainer, lines between the same case, boxes of quartiles.
+
+    Args:
+        dice: per trainer the Dice in [0, 1] of its cases, NaN where a case has none.
+        output: PNG file; replaced in one step.
+    """
+    cases = sorted(set().union(*dice.values()))
+    values = 100 * np.array([[of_trainer.get(case, np.nan) for case in cases] for of_trainer in dice.values()])
+    figure = Figure(figsize=(max(5, min(1.8 + 1.7 * len(dice), 8)), 4.8), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(dice))
+    axis.plot(places, values, color="0.6", linewidth=0.7, alpha=0.7, zorder=1)
+    boxes = axis.boxplot(
+        [column[~np.isnan(column)] for column in values],
+        positions=places,
+        widths=0.42,
+        whis=0,  # the dots show the others
+        showcaps=False,
+        showfliers=False,
+        patch_artist=True,
+        medianprops={"color": "black", "linewidth": 1.6},
+        zorder=2,
+    )
+    for place, column in enumerate(values):
+        colour = COLOURS[place % len(COLOURS)]
+        boxes["boxes"][place].set(facecolor=colour, alpha=0.35)
+        axis.scatter([place] * len(column), column, s=26, color=colour, edgecolor="black", linewidth=0.5, zorder=3)
+    # two words of a name below each other, so that long names stay apart
+    names = [name.replace("nnUNetTrainer", "nnUNetTrainer\n", 1).strip() for name in dice]
+    axis.set_xticks(places, names, rotation=30 if len(dice) > 5 else 0, ha="right" if len(dice) > 5 else "center")
+    axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel="Dice of a test case (%)", xlabel="trainer")
+    axis.grid(axis="y", color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{len(cases)} cases; a line is one case, a box the middle half, its bar the median", fontsize=10)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def outline(axis, mask: np.ndarray, colour: str, style: str) -> None:
+    """Draws the border of a mask (rows, columns) on its voxels; nothing for an empty one."""
+    if mask.any():
+        axis.contour(mask.astype(float), levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.6)
+
+
+def read(file: Path) -> np.ndarray:
+    """Voxels (slices, rows, columns) of a file."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))

@@ -1,0 +1,179 @@
+"""Preprocess scans that have no label file, with the plans and the preprocessor that their dataset already has."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from pathlib import Path
+
+from nnunetv2 import paths
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_ssl.data.dataset_json import channel_names, read_dataset_json
+from nnunet_ssl.data.preprocessed import (
+    FILES,
+    check_settings,
+    finished_cases,
+    load_plans,
+    preprocessing_settings,
+    transductive_cases,
+    unlabeled_folder,
+    write_settings,
+)
+from nnunet_ssl.data.scans import find_scans, name_problems, reading_problems, reserved_names, unpacked
+from nnunet_ssl.system.pool import run_all, worker_pool
+
+NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
+  1. Put scans without any label file into {default}, named CASE_0000{ending} (CASE_0001{ending}, ... for further
+     channels), and run this command again. Scans with one channel may be named CASE{ending}, or be a folder CASE
+     with one DICOM series in it.
+  2. Hide the labels of labeled cases: an "unlabeled" list in the folds of splits_final.json, which
+     `nnunet-ssl split -d {dataset_id} --labeled N` writes. These are preprocessed already: do not run this command."""
+
+
+def preprocess_unlabeled(
+    dataset: str,
+    configurations: Sequence[str],
+    plans_identifier: str = "nnUNetPlans",
+    images: Path | None = None,
+    num_processes: int = 4,
+    num_parts: int = 1,
+    part_id: int = 0,
+) -> None:
+    """Check the scans in `imagesUn`, then write them to `<data_identifier>_unlabeled` as nnU-Net preprocesses a scan.
+
+    A run that was interrupted goes on where it stopped: complete cases are neither read nor written again, even if
+    their scan has changed since. Nothing is written unless every scan is sound.
+
+    Args:
+        dataset: id or name, as in nnU-Net's commands.
+        configurations: names in the plans, for example 2d and 3d_fullres.
+        plans_identifier: name of the plans file; it is read, never made or changed.
+        images: folder of the scans, in place of the raw dataset's `imagesUn`. The dataset's own `imagesTs` is possible
+            too: results on these test scans are transductive then.
+        num_processes: worker processes; with 0 or 1 everything happens in this one.
+        num_parts: the scans are shared by so many runs, on one machine or several with the same disk; each case is
+            done by one.
+        part_id: which of them this run is, from 0.
+
+    Raises:
+        FileNotFoundError: no dataset, no plans or no scans.
+        ValueError: an unknown configuration or part, unsound scans (one message lists all of them with the reasons),
+            or cases that other plans have preprocessed.
+        RuntimeError: a worker died, or a case could not be preprocessed.
+    """
+    if not 0 <= part_id < num_parts:
+        raise ValueError(f"-part_id must be from 0 to {num_parts - 1} where -num_parts is {num_parts}, not {part_id}.")
+    name = str(maybe_convert_to_dataset_name(dataset))
+    raw, folder = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
+    plans = load_plans(folder, plans_identifier, configurations)
+    dataset_json = read_dataset_json(folder / "dataset.json", "channel_names", "file_ending")
+    ending, channels = dataset_json["file_ending"], channel_names(dataset_json)
+    # A cascade's second stage shares the data of 3d_fullres, hence one entry per folder.
+    targets = {unlabeled_folder(folder, c.data_identifier): c for c in map(plans.get_configuration, configurations)}
+    for target, configuration in targets.items():
+        check_settings(target, preprocessing_settings(plans, configuration))
+
+    images = raw / "imagesUn" if images is None else Path(images)
+    scans, unrecognised = find_scans(images, ending, len(channels) == 1)
+    if not scans and not unrecognised:
+        dataset_id = convert_dataset_name_to_id(name)
+        text = NO_SCANS.format(images=images, default=raw / "imagesUn", ending=ending, dataset_id=dataset_id)
+        raise FileNotFoundError(text)
+    transductive = images.resolve() == (raw / "imagesTs").resolve()
+    if transductive:
+        print(f"Test scans become unlabeled training scans: results on {images} are transductive. Say so with them.")
+    everything = scans.keys()
+    scans = dict(list(scans.items())[part_id::num_parts])
+    finished = {target: finished_cases(target) for target in targets}
+    jobs = [(target, case) for target, cases in finished.items() for case in scans if case not in cases]
+    unread = {case: scans[case] for _, case in jobs}
+
+    reserved = reserved_names(raw, folder, dataset_json, {c.data_identifier for c in targets.values()})
+    chosen = set().union(*(transductive_cases(target) for target in targets), everything if transductive else ())
+    reserved[str(raw / "imagesTs")] -= chosen
+    problems = [f"{file}: not a scan; expected CASE_0000{ending}, CASE_0001{ending}, ..." for file in unrecognised]
+    problems += name_problems(scans, f"rename or remove it in {images}", reserved)
+    for target, cases in finished.items():
+        problems += name_problems(cases - everything, f"remove its files from {target}", reserved)
+    with worker_pool(min(num_processes, len(jobs))) as pool:
+        problems += reading_problems(pool, unread, dataset_json, plans.image_reader_writer_class)
+        if problems:
+            raise ValueError(
+                f"Nothing was preprocessed: {len(problems)} problems in {images}\n  " + "\n  ".join(problems)
+            )
+        for target, configuration in targets.items():
+            target.mkdir(parents=True, exist_ok=True)
+            write_settings(target, preprocessing_settings(plans, configuration), chosen)
+        unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
+        write_cases(pool, scans, jobs, targets, unfinished, plans, dataset_json)
+    for target, cases in finished.items():
+        print(f"{len(cases | scans.keys())} unlabeled cases in {target}, {len(scans.keys() - cases)} of them new.")
+        if cases - everything:
+            print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - everything))}")
+
+
+def write_cases(
+    pool: Executor | None,
+    scans: dict[str, list[Path]],
+    jobs: list[tuple[Path, str]],
+    targets: dict[Path, ConfigurationManager],
+    unfinished: dict[Path, Path],
+    plans: PlansManager,
+    dataset_json: dict,
+) -> None:
+    """Preprocesses scans behind a progress bar; a case appears in its folder when it is complete.
+
+    Args:
+        pool: of `worker_pool`.
+        scans: per case its files.
+        jobs: folders with the cases that they lack.
+        targets: per folder what it is preprocessed for.
+        unfinished: per folder one for half-written files, which is emptied before and removed afterwards.
+        plans: of all configurations.
+        dataset_json: of the dataset.
+    """
+    for scratch in unfinished.values():
+        shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted run has left
+        scratch.mkdir()
+    arguments = {
+        f"{case} ({target.name})": (
+            case,
+            scans[case],
+            target,
+            unfinished[target],
+            plans,
+            targets[target],
+            dataset_json,
+        )
+        for target, case in jobs
+    }
+    run_all(pool, preprocess_case, arguments, "Preprocessing unlabeled scans")
+    for scratch in unfinished.values():
+        shutil.rmtree(scratch)
+
+
+def temporary_folder(target: Path, part_id: int = 0, num_parts: int = 1) -> Path:
+    """Where cases are written before they are moved; on the same disk, outside of what nnU-Net and the loader read."""
+    part = f".{part_id}of{num_parts}" if num_parts > 1 else ""
+    return target.with_name(f"{target.name}{part}.tmp")
+
+
+def preprocess_case(
+    case: str,
+    files: Sequence[Path],
+    target: Path,
+    scratch: Path,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: dict,
+) -> None:
+    """Preprocess one scan with nnU-Net, into the folder `scratch`, and move its files into `target`."""
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    with ExitStack() as stack:
+        images = [str(stack.enter_context(unpacked(file, dataset_json["file_ending"]))) for file in files]
+        preprocessor.run_case_save(str(scratch / case), images, None, plans, configuration, dataset_json)
+    for suffix in FILES:
+        os.replace(scratch / f"{case}{suffix}", target / f"{case}{suffix}")

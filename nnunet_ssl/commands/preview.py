@@ -1,0 +1,220 @@
+"""A picture of one training batch as the method sees it."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from torch import Tensor
+
+from nnunet_ssl.blocks.mixing import Mix, recorded
+from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, outline
+from nnunet_ssl.data.loading import Batch
+from nnunet_ssl.system.files import replacing
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+LABELED, UNLABELED = REFERENCE, PREDICTION  # colours of what is known and of what is predicted
+
+
+def preview(
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    trainer_name: str,
+    output: Path,
+    plans_identifier: str = "nnUNetPlans",
+    checkpoint: str | None = None,
+    device: str = "cpu",
+) -> int:
+    """Draws the patches of one training batch, and what the trainer's own code mixes of them.
+
+    The batch is that of a step after a third of the training, when pretraining is over and patches are still mixed.
+
+    Args:
+        dataset: id or name, preprocessed.
+        configuration: as 3d_fullres.
+        fold: number or "all".
+        trainer_name: one of ours.
+        output: PNG file; replaced in one step. Nothing else is written, but for the splits_final.json that nnU-Net
+            draws where there is none.
+        plans_identifier: of the plans.
+        checkpoint: file name of a checkpoint of this trainer, whose networks make the pseudo labels; None: networks
+            with random weights.
+        device: "cpu", "cuda" or "mps".
+
+    Returns:
+        How many mixed patches the picture has; 0 for a method that does not mix, which has the plain patches only.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the unlabeled scans are missing.
+        ValueError: the trainer is not one of ours.
+    """
+    dataset = str(maybe_convert_to_dataset_name(dataset))
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{output.absolute().parent} does not exist. Make it, or choose another -o.")
+    file = None
+    if checkpoint is not None:
+        file = Path(get_output_folder(dataset, trainer_name, plans_identifier, configuration, fold)) / checkpoint
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing. Leave -chk out to look at an untrained {trainer_name}.")
+    with _nothing_written():
+        trainer = get_trainer_from_args(
+            dataset, configuration, fold, trainer_name, plans_identifier, device=torch.device(device)
+        )
+        if not isinstance(trainer, SemiSupervisedTrainer):
+            raise ValueError(f"{trainer_name} is not a semi-supervised trainer. See: nnunet-ssl trainers")
+        if file is None:
+            trainer.initialize()
+        else:
+            trainer.load_checkpoint(str(file))
+        trainer.step = trainer.max_steps // 3
+        batch = trainer._to_device(next(trainer.get_dataloaders()[0]))
+        with torch.no_grad(), recorded() as calls:
+            for _ in trainer.losses(batch):
+                pass
+    # every method mixes the images first, then their targets by the same masks; further tensors are not shown
+    by_mask: dict[int, list[Mix]] = {}
+    for call in calls:
+        by_mask.setdefault(id(call.mask), []).append(call)
+    pairs = [(image, target) for image, target, *_ in by_mask.values()]
+    labels = trainer.label_manager
+    regions = len(labels.foreground_regions) if labels.has_regions else 0
+    rows = [
+        mixed_row(image, target, sample, batch, regions)
+        for image, target in pairs
+        for sample in sorted({0, len(image.mask) // 2})
+    ]
+    draw(rows or [plain_row(batch, sample, regions) for sample in range(min(2, len(batch.image)))], output)
+    return len(rows)
+
+
+@contextmanager
+def _nothing_written() -> Iterator[None]:
+    """A results folder that vanishes, no worker processes, no run of Weights & Biases."""
+    with tempfile.TemporaryDirectory(prefix="nnunet_ssl_preview_") as folder:
+        settings = {"nnUNet_results": folder, "nnUNet_n_proc_DA": "0", "nnUNet_wandb_enabled": "0"}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                os.environ.update({name: value} if value is not None else {})
+
+
+# a row is a list of columns, a column a title and what to show: gray values with outlines, or colours
+Row = list[tuple[str, np.ndarray, list[tuple[np.ndarray, str, str]]]]
+
+
+def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, regions: int) -> Row:
+    """Columns of one mixed patch: its two sources, mask, mix and target."""
+    mask = np.broadcast_to(image.mask[sample, 0].cpu().numpy(), image.first.shape[2:])
+    sources = [(image.first[sample], target.first[sample]), (image.second[sample], target.second[sample])]
+    labeled = [any(torch.equal(source, known) for known in batch.image) for source, _ in sources]
+    for (source, _), is_labeled in zip(sources, labeled, strict=True):
+        if not is_labeled and not any(torch.equal(source, patch) for patch in batch.unlabeled):
+            raise RuntimeError(
+                "The method changes its patches before it mixes them: the preview cannot tell them apart."
+            )
+    maps = [class_map(labels, regions) for _, labels in sources]
+    mixed = class_map(target.result[sample], regions)
+    # the colour of every voxel's source
+    known = np.where(mask, labeled[0], labeled[1])
+    place = show_where(mixed, known)
+
+    columns: Row = []
+    for number in sorted((0, 1), key=lambda i: not labeled[i]):
+        name, colour, style = ("labeled", LABELED, "solid") if labeled[number] else ("unlabeled", UNLABELED, "dashed")
+        shown = gray(sources[number][0], place)
+        columns.append((f"{name} patch", shown, [(maps[number][place], colour, style)]))
+    outlines = [(mixed * known, LABELED, "solid"), (mixed * ~known, UNLABELED, "dashed")]
+    return [
+        *columns,
+        ("mask", colours(np.zeros_like(mixed), known)[place], []),
+        ("mixed patch", gray(image.result[sample], place), [(m[place], c, s) for m, c, s in outlines]),
+        ("mixed target", colours(mixed, known)[place], []),
+    ]
+
+
+def plain_row(batch: Batch, sample: int, regions: int) -> Row:
+    """Columns of a method that does not mix: its patches."""
+    labels = class_map(batch.labels[sample], regions)
+    place = show_where(labels, labels > 0)
+    row: Row = [
+        ("labeled patch", gray(batch.image[sample], place), [(labels[place], LABELED, "solid")]),
+        ("unlabeled patch", gray(batch.unlabeled[sample], place), []),
+    ]
+    if batch.unlabeled_weak is not None:
+        row.append(("its weak view", gray(batch.unlabeled_weak[sample], place), []))
+    return row
+
+
+def class_map(target: Tensor, regions: int) -> np.ndarray:
+    """Labels (1, *spatial), probabilities or regions (C, *spatial) as one number per voxel, 0 for the background.
+
+    Of regions, of which there are so many (0: these are classes), it is the number of those that a voxel lies in,
+    which tells nested ones apart.
+    """
+    if len(target) == 1 and not regions:
+        return target[0].cpu().numpy().astype(int)
+    classes = (target[:regions] > 0.5).sum(0) if regions else target.argmax(0)
+    return classes.cpu().numpy().astype(int)
+
+
+def show_where(classes: np.ndarray, known: np.ndarray) -> tuple:
+    """Index of the slice with the most foreground, if possible one with voxels of both sources; all of a 2D patch."""
+    if classes.ndim == 2:
+        return (slice(None), slice(None))
+    both = known.any((1, 2)) & ~known.all((1, 2))
+    foreground = (classes > 0).sum((1, 2))
+    return (int(np.lexsort((foreground, both))[-1]),)
+
+
+def gray(image: Tensor, place: tuple) -> np.ndarray:
+    """Values (rows, columns) of the first channel (C, *spatial), 0 to 1 between its 1st and 99th percentile."""
+    values = image[0].float().cpu().numpy()
+    low, high = np.percentile(values, (1, 99))
+    return np.clip((values[place] - low) / max(high - low, 1e-8), 0, 1)
+
+
+def colours(classes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """RGB (*spatial, 3): the hue says whether a voxel is labeled, the darkness its class; the background is pale."""
+    hues = np.where(known[..., None], to_rgb(LABELED), to_rgb(UNLABELED))
+    dark = 1 - 0.35 * (classes - 1) / max(1, classes.max())
+    return np.where(classes[..., None] > 0, hues * dark[..., None], 1 - 0.25 * (1 - hues))
+
+
+def draw(rows: Sequence[Row], output: Path) -> None:
+    """Writes rows of columns as a PNG file."""
+    width = 2.2 * max(map(len, rows))
+    figure = Figure(figsize=(width, 2.2 * len(rows) + 0.4), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
+        for axis, (title, values, outlines) in zip(axes, row, strict=True):
+            _draw_column(axis, values, outlines)
+            axis.set_title(title if row is rows[0] else "")
+    handles = [
+        Patch(color=LABELED, label="labeled scan, label"),
+        Patch(color=UNLABELED, label="unlabeled scan, pseudo label"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _draw_column(axis: Axes, values: np.ndarray, outlines: list) -> None:
+    axis.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for classes, colour, style in outlines:
+        for value in range(1, classes.max(initial=0) + 1):
+            outline(axis, classes >= value, colour, style)
+    axis.set(xticks=[], yticks=[])

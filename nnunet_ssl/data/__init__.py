@@ -1,0 +1,1 @@
+"""Folders and files of a dataset, and the loaders that read them."""

@@ -1,0 +1,242 @@
+"""The unlabeled stream: which scans it has, how they are read and augmented, and the batch that a method sees."""
+
+import os
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+
+import blosc2
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from nnunet_ssl.system.pool import exit_with_parent
+
+GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
+NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
+OUTSIDE = 1e-3  # normalised intensity; below it in every mask-normalised channel a voxel lies outside the mask
+
+
+@dataclass
+class Batch:
+    """What a method sees of one step, on the device; B is the planned batch size.
+
+    Attributes:
+        image: labeled images (B, C, *spatial).
+        target: their labels as nnU-Net gives them: classes (B, 1, *spatial), or regions (B, regions, *spatial) and,
+            with an ignore label, one more channel; with deep supervision a list, full size first.
+        unlabeled: unlabeled images (B, C, *spatial), fully augmented. There is no target of them anywhere.
+        unlabeled_weak: the same crops with spatial augmentation only; None unless the method sets `weak_view`.
+    """
+
+    image: Tensor
+    target: Tensor | list[Tensor]
+    unlabeled: Tensor
+    unlabeled_weak: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The target at full resolution."""
+        return self.target[0] if isinstance(self.target, list) else self.target
+
+    def rolled(self, shift: int) -> "Batch":
+        """The same batch beginning with sample `shift` (modulo B), the earlier ones at its end."""
+
+        def roll(x):
+            if isinstance(x, list):
+                return [roll(scale) for scale in x]
+            return None if x is None else x.roll(-shift, 0)
+
+        if shift % len(self.image) == 0:
+            return self
+        return Batch(**{name: roll(value) for name, value in vars(self).items()})
+
+
+def to_device(item: dict, device: torch.device) -> Batch:
+    """An item of the loaders as a batch on the device."""
+
+    def move(x):
+        return [move(scale) for scale in x] if isinstance(x, list) else x.to(device, non_blocking=True)
+
+    names = {"image": "data", "target": "target", "unlabeled": "unlabeled", "unlabeled_weak": "unlabeled_weak"}
+    return Batch(**{name: move(item[key]) for name, key in names.items() if key in item})
+
+
+class UnlabeledDataset:
+    """Preprocessed images without anything that was derived from a label.
+
+    Only `<case>.b2nd` is ever opened: not `<case>_seg.b2nd`, and not `<case>.pkl`, which holds class locations.
+
+    Args:
+        files: case identifier to its preprocessed image; nothing is opened here.
+        predicted: case identifier to the file with its predicted class locations, see `predicted_foreground`.
+    """
+
+    def __init__(self, files: dict[str, Path], predicted: dict[str, Path] | None = None):
+        self.files = files
+        self.predicted = predicted or {}
+        self.identifiers = sorted(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load_image(self, identifier: str) -> blosc2.NDArray:
+        """The image (C, *spatial), normalised and resampled; read lazily, so that a crop reads only its blocks."""
+        # memory maps fail on Windows, as nnU-Net notes in its own dataset class
+        mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+        return blosc2.open(urlpath=str(self.files[identifier]), mode="r", dparams={"nthreads": 1}, **mmap)
+
+    def class_locations(self, identifier: str) -> dict | None:
+        """Where a model found which class, as nnU-Net has it; None where it has not looked at this case."""
+        file = self.predicted.get(identifier)
+        if file is None:
+            return None
+        try:
+            return load_pickle(str(file))["class_locations"]
+        except Exception as error:  # pickle raises anything for a damaged file
+            raise RuntimeError(
+                f"{file} is missing or damaged ({error}). Run nnUNetv2_preprocess for its dataset again, then continue "
+                f"the training with --c."
+            ) from error
+
+
+def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, BasicTransform, BasicTransform]:
+    """Splits nnU-Net's training transforms for images without labels: geometry, intensity, outside mask.
+
+    Mirroring moves from the end to the other spatial transforms, so that a weak view (geometry only) and a strong one
+    (geometry and intensity) show the same voxels. Everything that concerns labels only is left out.
+
+    Raises:
+        NotImplementedError: a transform of which it is not known whether it moves voxels.
+    """
+    geometry = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
+    masking = [t for t in transforms.transforms if isinstance(t, MaskImageTransform)]
+    skipped = (*GEOMETRY, MaskImageTransform, *NEEDS_LABELS)
+    intensity = [t for t in transforms.transforms if not isinstance(t, skipped)]
+    for transform in intensity:
+        if not isinstance(getattr(transform, "transform", transform), ImageOnlyTransform):
+            raise NotImplementedError(
+                f"The augmentation of unlabeled images does not support {transform}. Use nnU-Net's default training "
+                f"transforms, or extend split_transforms in nnunet_ssl/data.py."
+            )
+    return ComposeTransforms(geometry), ComposeTransforms(intensity), ComposeTransforms(masking)
+
+
+class UnlabeledDataLoader(nnUNetDataLoader):
+    """Random crops of unlabeled images: nnU-Net's loader without anything that a label decides.
+
+    Where the dataset has predicted class locations, the last crops of a batch are centred on predicted foreground, as
+    those of the labeled images on foreground.
+
+    Args:
+        dataset: the unlabeled images.
+        batch_size: crops per batch.
+        patch_size: size of the crop before the spatial augmentation.
+        final_patch_size: size of the crop that the network sees.
+        transforms: nnU-Net's training transforms of the labeled stream.
+        weak_view: also give every crop with spatial augmentation only.
+        sampling: nnU-Net's settings of the oversampling.
+    """
+
+    def __init__(
+        self, dataset, batch_size, patch_size, final_patch_size, label_manager, transforms, weak_view, **sampling
+    ):
+        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, **sampling)
+        self.has_ignore = False  # crops of labeled images keep to annotated voxels; here there are none
+        self.geometry, self.intensity, self.masking = split_transforms(transforms)
+        self.weak_view = weak_view
+
+    def generate_train_batch(self) -> dict[str, Tensor]:
+        views = []
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            for position, identifier in enumerate(self.get_indices()):
+                oversample = self._data.predicted and self.get_do_oversample(position)
+                found = self._data.class_locations(identifier) if oversample else None
+                try:
+                    image = self._data.load_image(identifier)
+                    lower, upper = self.get_bbox(image.shape[1:], force_fg=bool(found), class_locations=found)
+                    box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
+                    crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+                except Exception as error:  # blosc2 raises anything for a damaged file
+                    raise RuntimeError(
+                        f"{self._data.files[identifier]} is missing or damaged ({error}). Remove the files of this "
+                        f"case there and preprocess it again, then continue the training with --c."
+                    ) from error
+                views.append(self.augment(crop[:, 0] if self.patch_size_was_2d else crop))
+        return {name: torch.stack([view[name] for view in views]) for name in views[0]}
+
+    def augment(self, crop: Tensor) -> dict[str, Tensor]:
+        """The strong view `unlabeled` of a crop (C, *spatial) and, where it is asked for, `unlabeled_weak`."""
+        sample = {"image": crop}
+        if self.masking.transforms:
+            # nnU-Net's mask is -1 outside; read off the image, because stored segmentations know the labels
+            normalised = crop[self.masking.transforms[0].apply_to_channels]
+            sample["segmentation"] = -(normalised.abs() < OUTSIDE).all(0, keepdim=True).to(torch.int16)
+        weak = self.geometry(**sample)
+        # intensity transforms work in place
+        strong = self.intensity(**{**weak, "image": weak["image"].clone()})
+        views = {"unlabeled": self.masking(**strong)["image"]}
+        if self.weak_view:
+            views["unlabeled_weak"] = self.masking(**{**weak, "image": weak["image"].clone()})["image"]
+        return views
+
+
+class LabeledDataLoader(nnUNetDataLoader):
+    """nnU-Net's loader, which says which of its files are damaged."""
+
+    def get_indices(self):
+        self.drawn = super().get_indices()
+        return self.drawn
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        if parent_process() is not None:
+            exit_with_parent()  # nnU-Net's workers go on for ever when the training is killed
+
+    def generate_train_batch(self) -> dict:
+        try:
+            return super().generate_train_batch()
+        except Exception as error:  # blosc2 raises anything for a damaged file
+            damaged = [case for case in dict.fromkeys(self.drawn) if not self.is_sound(case)]
+            if not damaged:
+                raise
+            raise RuntimeError(
+                f"Files of {', '.join(damaged)} in {self._data.source_folder} are missing or damaged ({error}). Run "
+                f"nnUNetv2_preprocess for this configuration again, then continue the training with --c."
+            ) from error
+
+    def is_sound(self, case: str) -> bool:
+        """Whether all of a case can be read."""
+        try:
+            image, segmentation, _, _ = self._data.load_case(case)
+            return image[:].shape[1:] == segmentation[:].shape[1:]
+        except Exception:  # whatever it is: the case cannot be read
+            return False
+
+
+class PairedDataLoader(DataLoader):
+    """Labeled and unlabeled crops as one item, so that nnU-Net's own workers and their number serve both."""
+
+    def __init__(self, labeled: nnUNetDataLoader, unlabeled: UnlabeledDataLoader):
+        super().__init__(None, labeled.batch_size, infinite=True)
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+
+    def generate_train_batch(self) -> dict:
+        return {**self.labeled.generate_train_batch(), **self.unlabeled.generate_train_batch()}
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        self.labeled.set_thread_id(thread_id)
+        self.unlabeled.set_thread_id(thread_id)

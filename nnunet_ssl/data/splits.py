@@ -1,0 +1,94 @@
+"""Which cases a fold trains on with labels, which ones without, and which ones it validates on."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from nnunet_ssl.system.files import read_json, replacing
+
+LISTS = ("train", "val", "unlabeled", "test")  # of a fold; nnU-Net reads the first two
+CROSSVAL_FOLDS = 5  # that nnU-Net draws where there is no splits_final.json
+
+
+def read_splits(path: Path) -> list[dict[str, list[str]]]:
+    """The folds of a splits_final.json; none where there is no file.
+
+    Raises: ValueError that names the file where it is damaged, or its lists are not lists of cases.
+    """
+    folds = read_json(path) if path.is_file() else []
+    if not isinstance(folds, list) or not all(isinstance(fold, dict) for fold in folds):
+        raise ValueError(f'{path} must be a list of folds, as [{{"train": ["case_a"], "val": ["case_b"]}}].')
+    for number, fold in enumerate(folds):
+        for name in LISTS:
+            cases = fold.get(name, [])
+            if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+                raise ValueError(f'{path}: "{name}" of fold {number} must be a list of case names. Correct the file.')
+    return folds
+
+
+def read_fold(path: Path, number: int) -> dict[str, list[str]]:
+    """The lists "train", "val" and "unlabeled" (empty where the file has none) of one fold of splits_final.json.
+
+    Raises: ValueError that names the file where it has no such fold, or one that nnU-Net cannot train on.
+    """
+    folds = read_splits(path)
+    if not 0 <= number < len(folds):
+        has = f"has the folds 0 to {len(folds) - 1}" if folds else "has no fold"
+        raise ValueError(f"Fold {number} does not exist: {path} {has}.")
+    fold = {name: folds[number].get(name, []) for name in ("train", "val", "unlabeled")}
+    for name in ("train", "val"):
+        if not fold[name]:
+            raise ValueError(f'{path}: fold {number} has no cases in "{name}". Put at least one there.')
+    twice = sorted(case for case, number in Counter(fold["unlabeled"]).items() if number > 1)
+    if twice:
+        raise ValueError(f'{path}: "unlabeled" of fold {number} names cases more than once: {", ".join(twice[:5])}.')
+    return fold
+
+
+def check_fold(path: Path, number: int) -> None:
+    """Raises ValueError where nnU-Net has no such fold: in splits_final.json, or, without it, among those it draws."""
+    if path.is_file():
+        read_fold(path, number)
+    elif not 0 <= number < CROSSVAL_FOLDS:
+        raise ValueError(f"Fold {number} does not exist: without {path} there are the folds 0 to {CROSSVAL_FOLDS - 1}.")
+
+
+def check_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:
+    """Refuse to replace a split that differs from `folds`.
+
+    Raises: FileExistsError without `overwrite`.
+    """
+    if path.exists() and not overwrite and path.read_text() != _to_text(folds):
+        raise FileExistsError(
+            f"{path} already holds another split. Pass --overwrite to replace it (a backup is kept beside it)."
+        )
+
+
+def save_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:
+    """Write `folds` to `path` (splits_final.json) in one step: a reader sees the old file or the new one.
+
+    A replaced file is kept as `<name>.bak`, `<name>.bak1`, ...; nothing happens when the content is the same.
+    Raises: FileExistsError when another split is there and `overwrite` is off.
+    """
+    check_splits(path, folds, overwrite)
+    text = _to_text(folds)
+    if path.exists():
+        if path.read_text() == text:
+            return
+        shutil.copy2(path, _free_backup(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def _to_text(folds: list[dict[str, list[str]]]) -> str:
+    return json.dumps(folds, indent=4) + "\n"
+
+
+def _free_backup(path: Path) -> Path:
+    backup, number = path.with_name(f"{path.name}.bak"), 0
+    while backup.exists():
+        number += 1
+        backup = path.with_name(f"{path.name}.bak{number}")
+    return backup

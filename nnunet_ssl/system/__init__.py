@@ -1,0 +1,1 @@
+"""Files, processes and clusters; nothing here knows of segmentation."""

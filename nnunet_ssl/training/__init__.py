@@ -1,0 +1,1 @@
+"""What a training needs around its step: loaders, checks, warnings, observations, checkpoints."""

@@ -1,0 +1,119 @@
+"""Warnings of a training that goes wrong while its loss falls, and the end of one whose loss is not finite."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnunet_ssl.blocks.networks import unwrap
+from nnunet_ssl.training.checkpoints import CHECKPOINTS
+
+LAGGING = 0.05  # Dice by which a teacher may be below every student without a warning
+NOT_FINITE_STEPS = 20  # steps in a row with the same term NaN or infinite, after which a training is stopped
+
+
+class Health:
+    """What is watched over the steps of a training.
+
+    Args:
+        log: prints a line to the training's log.
+    """
+
+    def __init__(self, log: Callable[[str], object]):
+        self.log = log
+        self.not_finite: dict[str, int] = {}  # loss term to the steps in a row in which it was not finite
+        self.foreground: float | Tensor = 0.0  # sum over this epoch's pseudo labels of their part of foreground
+        self.pseudo_labels = 0  # of this epoch
+
+    def note_pseudo_labels(self, labels: Tensor) -> None:
+        """Remembers how much foreground pseudo labels (B, C, *spatial) have; no GPU waits for it."""
+        self.foreground = self.foreground + (labels > 0).any(1).float().mean()
+        self.pseudo_labels += 1
+
+    def check_terms(
+        self, values: dict[str, float], images: dict[str, Tensor], step: int, epoch: int, folder: Path
+    ) -> None:
+        """Stops a training of which a term is not finite for NOT_FINITE_STEPS.
+
+        A few such steps are harmless, and told at the end of the epoch. Nothing is saved here: weights that give NaN
+        for so many batches are not worth more than those of the last checkpoint.
+
+        Args:
+            values: the terms of this step, on the host already.
+            images: what they are computed from, by a name for the message.
+            step: how many steps were made.
+            epoch: the present one.
+            folder: with the checkpoints.
+
+        Raises:
+            RuntimeError: names the terms, images that are not finite themselves, and the last good checkpoint.
+        """
+        for name, value in values.items():
+            self.not_finite[name] = 0 if np.isfinite(value) else self.not_finite.get(name, 0) + 1
+        names = [name for name, steps in self.not_finite.items() if steps >= NOT_FINITE_STEPS]
+        if not names:
+            return
+        text = (
+            f"The loss term {' and '.join(names)} was NaN or infinite for {NOT_FINITE_STEPS} steps in a row, up to "
+            f"step {step} (epoch {epoch}). "
+        )
+        for name, image in images.items():
+            if not image.isfinite().all():
+                text += f"The last {name} have voxels that are NaN or infinite: check them. "
+        kept = [name for name in CHECKPOINTS[1:] if (folder / name).is_file()]
+        text += (
+            f"{folder / kept[0]} is the last good state, from which --c continues once the cause is removed."
+            if kept
+            else "There is no checkpoint yet. Start again once the cause is removed."
+        )
+        raise RuntimeError(text)
+
+    def end_epoch(self, terms: dict[str, list[float]]) -> None:
+        """Warns of pseudo labels without foreground and of terms that were not finite, and starts anew.
+
+        Args:
+            terms: the values of every term in the steps of this epoch.
+        """
+        if self.pseudo_labels and float(self.foreground) == 0:
+            self.log(
+                "WARNING: all pseudo labels of this epoch are background: unlabeled scans teach nothing else now. That "
+                "is usual in the first epochs only."
+            )
+        self.foreground, self.pseudo_labels = 0.0, 0
+        for name, values in terms.items():
+            bad = np.sum(~np.isfinite(values))
+            if bad:
+                self.log(
+                    f"WARNING: the loss term {name} was NaN or infinite in {bad} of {len(values)} steps of this epoch."
+                )
+
+    def compare_dice(self, dice: dict[str, float]) -> None:
+        """Warns of teachers that are more than LAGGING below every student.
+
+        Args:
+            dice: of the networks that segment, by their names.
+        """
+        worst = min((value for name, value in dice.items() if name.startswith("student")), default=0.0)
+        for name, value in dice.items():
+            if name.startswith("teacher") and value < worst - LAGGING:
+                self.log(
+                    f"WARNING: on validation patches the {name.replace('_', ' ')} has a Dice of {value:.3f}, every "
+                    f"student {worst:.3f} or more: its labels hold the students back."
+                )
+
+    def check_heads(self, network: nn.Module, first_weights: Tensor) -> None:
+        """Warns where weights were loaded from elsewhere, which leaves nnU-Net's segmentation heads random.
+
+        Args:
+            network: the student.
+            first_weights: of its first parameter when it was built.
+        """
+        network = unwrap(network)
+        heads = [name for name, _ in network.named_modules() if name.endswith("seg_layers")]
+        if heads and not torch.equal(next(network.parameters()), first_weights):
+            self.log(
+                f"WARNING: -pretrained_weights leaves out the segmentation heads ({', '.join(heads)}). They start with "
+                f"random weights, in the student and in its companions: the first pseudo labels mean nothing."
+            )

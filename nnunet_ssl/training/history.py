@@ -1,0 +1,160 @@
+"""The table and the picture of a training: loss terms and observations, epoch by epoch."""
+
+import csv
+import time
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nnunet_ssl.system.colours import COLOURS
+from nnunet_ssl.system.files import replacing
+
+STYLES = ("solid", "dashed", "dotted", "dashdot")
+NAMES = {  # column of the table to its name in the picture
+    "ramp": "weight of the ramp-up",
+    "agreement": "Dice of {other} and student",
+    "pseudo_confidence": "confidence of {other}'s foreground",
+    "labeled_foreground": "labels",
+    "pseudo_foreground": "labels by {other}",
+    "feature_distance": "of different patches",
+}
+DRAWING_SHARE = 0.005  # of the training time, at most
+
+
+def time_left(epochs: int, seconds: float) -> str:
+    """How many epochs are left and when they are done, where one takes so many seconds."""
+    finish = datetime.now() + epochs * timedelta(seconds=seconds)
+    return f"{epochs} epochs left, until about {finish:%Y-%m-%d %H:%M}"
+
+
+class History:
+    """losses.csv and semi_supervised.png in the folder of a fold."""
+
+    def __init__(self, folder: Path, other: str = "teacher"):
+        self.table, self.picture, self.other = folder / "losses.csv", folder / "semi_supervised.png", other
+        self._drawn_at, self._drawing_seconds = float("-inf"), 0.0
+
+    def begin(self, epoch: int) -> None:
+        """Removes what a training that was killed has left half-written, and later rows than this epoch's."""
+        for leftover in self.table.parent.glob(".*.tmp"):  # of a checkpoint or a picture
+            leftover.unlink()
+        self.trim(epoch)
+
+    def trim(self, epoch: int) -> None:
+        """Drops rows of epochs that a resumed (or a new) training is going to write again: `epoch` and later ones."""
+        header, *rows = self.read() or [[]]
+        # a line that was cut off belongs to an epoch that is going to be trained again
+        kept = [row for row in rows if len(row) == len(header) and int(row[0]) < epoch]
+        if kept:
+            with replacing(self.table) as temporary, open(temporary, "w", newline="") as f:
+                csv.writer(f).writerows([header, *kept])
+        else:
+            self.table.unlink(missing_ok=True)
+
+    def record(self, epoch: int, losses: dict, observations: dict, loggers: Iterable, last: bool) -> None:
+        """Adds an epoch to the table, the picture and nnU-Net's loggers, as Weights & Biases.
+
+        Args:
+            epoch, losses, observations: see `append`.
+            loggers: nnU-Net's, beside its own.
+            last: this is the last epoch: the picture is drawn in any case.
+        """
+        observations = {name: float(value) for name, value in observations.items()}
+        for logger in loggers:
+            for group, values in (("losses", losses), ("semi_supervised", observations)):
+                for name, value in values.items():
+                    logger.log(f"{group}/{name}", value, epoch)
+        self.append(epoch, losses, observations)
+        self.draw(last)
+
+    def append(self, epoch: int, losses: dict[str, float], observations: dict[str, float]) -> None:
+        """Adds a row: epoch, "loss", its terms, then the observations; columns that were not there become empty."""
+        row = {"epoch": epoch, **losses, **observations}
+        header, *rows = self.read() or [list(row)]
+        if set(header) == set(row) and rows:
+            with self.table.open("a", newline="") as f:
+                csv.DictWriter(f, header).writerow(row)
+            return
+        with replacing(self.table) as temporary, open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys([*header, *row])))
+            writer.writeheader()
+            writer.writerows(dict(zip(header, values, strict=True)) for values in rows)
+            writer.writerow(row)
+
+    def read(self) -> list[list[str]]:
+        """The lines of the table, empty where there is none."""
+        if not self.table.is_file():
+            return []
+        with self.table.open(newline="") as f:
+            return list(csv.reader(f))
+
+    def draw(self, last: bool = False) -> None:
+        """Draws the picture, unless drawing would take more than DRAWING_SHARE of the time since the last one."""
+        begin = time.perf_counter()
+        if not last and begin - self._drawn_at < self._drawing_seconds / DRAWING_SHARE:
+            return
+        header, *rows = self.read()
+        numbers = ([float(value or "nan") for value in row] for row in rows)
+        columns = dict(zip(header, zip(*numbers, strict=True), strict=True))
+        # nnU-Net's progress.png leaves huge fonts behind
+        with style.context("default"), replacing(self.picture) as temporary:
+            draw(columns, self.other).savefig(temporary, format="png", dpi=100)
+        self._drawn_at = time.perf_counter()
+        self._drawing_seconds = self._drawn_at - begin
+
+
+def draw(columns: dict[str, tuple[float, ...]], other: str) -> Figure:
+    """Panels over the epochs: loss terms; Dice; agreement, confidence and ramp-up; foreground; distance of features.
+
+    Args:
+        columns: those of losses.csv, by name.
+        other: name of the network that makes the pseudo labels.
+    """
+    epochs = columns["epoch"]
+    dice = {name: values for name, values in columns.items() if name.startswith("dice_")}
+    terms = {name: values for name, values in columns.items() if name not in ("epoch", *NAMES, *dice)}
+    named = {name: (text.format(other=other), columns.get(name)) for name, text in NAMES.items()}
+    panels = [
+        ("loss terms, weighted", "loss", terms),
+        (
+            "networks on a few validation patches",
+            "mean Dice",
+            {name.removeprefix("dice_").replace("_", " "): values for name, values in dice.items()},
+        ),
+        ("pseudo labels on unlabeled patches", "0 to 1", _there(named, "agreement", "pseudo_confidence", "ramp")),
+        ("foreground", "part of the voxels (%)", _there(named, "labeled_foreground", "pseudo_foreground", factor=100)),
+        ("bottleneck features of the student", "1 - cosine", _there(named, "feature_distance")),
+    ]
+    figure = Figure(figsize=(16, 7.5))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.07, top=0.95, wspace=0.18, hspace=0.3)
+    *axes, spare = figure.subplots(2, 3).flat
+    spare.remove()
+    for axis, (title, label, lines) in zip(axes, panels, strict=True):
+        _lines(axis, epochs, lines)
+        axis.set(title=title, xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if label != "loss":
+            axis.set_ylim(bottom=0)
+    for axis in figure.axes[1:3]:
+        axis.set_ylim(0, 1.02)
+    return figure
+
+
+def _there(named: dict, *names: str, factor: float = 1.0) -> dict[str, list[float]]:
+    return {named[n][0]: [factor * value for value in named[n][1]] for n in names if named[n][1] is not None}
+
+
+def _lines(axis: Axes, epochs: tuple[float, ...], lines: dict) -> None:
+    looks = [(colour, dashes) for dashes in STYLES for colour in COLOURS]
+    for (name, values), (colour, dashes) in zip(lines.items(), cycle(looks), strict=False):
+        marker = "o" if np.isfinite(values).sum() == 1 else None  # a single epoch is no line
+        axis.plot(epochs, values, color=colour, linestyle=dashes, marker=marker, markersize=3, label=name)
+    if lines:
+        axis.legend(frameon=False, fontsize="small")

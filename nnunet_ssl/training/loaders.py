@@ -1,0 +1,60 @@
+"""How the loaders of a training are run: nnU-Net's workers, the first batches, and augmentation that repeats."""
+
+import torch
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+
+def start_loaders(training: DataLoader, validation: DataLoader, device: torch.device, channels: int):
+    """Starts nnU-Net's workers, as many as nnU-Net would, and draws the first batch of each loader.
+
+    Args:
+        training: gives the keys "data" and "unlabeled".
+        validation: nnU-Net's.
+        device: of the training.
+        channels: that the network expects.
+
+    Returns:
+        Iterators over the batches of both.
+
+    Raises:
+        ValueError: images have another number of channels.
+    """
+    workers = get_allowed_n_proc_DA()
+    train = _augmenter(training, workers, max(6, workers // 2), device)
+    val = _augmenter(validation, min(workers, max(1, workers // 2)), max(3, workers // 4), device)
+    batch = next(train)
+    next(val)
+    for name, kind in (("data", "labeled"), ("unlabeled", "unlabeled")):
+        if batch[name].shape[1] != channels:
+            raise ValueError(
+                f"The preprocessed {kind} cases have {batch[name].shape[1]} channels, but dataset.json has {channels}. "
+                f"Correct dataset.json in nnUNet_preprocessed, or preprocess again."
+            )
+    return train, val
+
+
+def stop_loaders(*loaders) -> None:
+    """Ends the workers of loaders, which nnU-Net leaves behind when it is interrupted; None is passed over."""
+    for loader in loaders:
+        if isinstance(loader, NonDetMultiThreadedAugmenter):
+            loader._finish()
+
+
+def make_repeatable(transforms: ComposeTransforms) -> None:
+    """Makes nnU-Net's training transforms depend on the seed alone, in place."""
+    for transform in transforms.transforms:
+        blur = getattr(transform, "transform", None)
+        if isinstance(blur, GaussianBlurTransform):
+            blur.benchmark = False  # it times two ways of blurring and takes the faster one
+
+
+def _augmenter(loader, workers: int, cached: int, device: torch.device):
+    if workers == 0:
+        return SingleThreadedAugmenter(loader, None)
+    pin = device.type == "cuda"
+    return NonDetMultiThreadedAugmenter(loader, None, workers, cached, pin_memory=pin, wait_time=0.002)

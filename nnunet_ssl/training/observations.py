@@ -1,0 +1,112 @@
+"""What networks and pseudo labels are like, measured now and then: a falling loss alone proves nothing."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, autocast, nn
+
+from nnunet_ssl.blocks.networks import forward_with_features, has_stages, logits, unwrap
+from nnunet_ssl.blocks.pseudo_labels import hard_labels, probabilities
+from nnunet_ssl.data.loading import Batch
+
+
+@torch.no_grad()
+def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager: LabelManager) -> dict[str, Tensor]:
+    """What student and pseudo labels are like on one batch. Costs about a training step; nothing waits for a GPU.
+
+    Args:
+        student: wrapped or not.
+        labeler: the network of which the pseudo labels are; the student itself where there is no other.
+        batch: on the device of both.
+        label_manager: nnU-Net's.
+
+    Returns:
+        labeled_foreground, pseudo_foreground: foreground voxels of labels and of pseudo labels, part of all voxels. A
+            pseudo_foreground that falls to 0 is the usual way in which self-training fails.
+        pseudo_confidence: mean probability of the pseudo labels in their foreground; NaN where there is none.
+        agreement: Dice of both networks' foreground on unlabeled patches; not where there is one network.
+        feature_distance: mean of 1 - cosine of the student's bottleneck features of different patches, in [0, 2]; 0
+            means that the features have collapsed. Not for networks without encoder stages.
+    """
+    student, labeler = unwrap(student), unwrap(labeler)
+    view = batch.unlabeled if batch.unlabeled_weak is None else batch.unlabeled_weak
+    patches = torch.cat([batch.image[:1], view])  # there are always two for the distance
+    regions = label_manager.has_regions
+    values: dict[str, Tensor] = {}
+    features = None
+    with ExitStack() as stack:
+        stack.enter_context(autocast("cuda") if patches.is_cuda else nullcontext())
+        for network in {student, labeler}:
+            stack.enter_context(evaluating(network))
+        if has_stages(student):
+            output, skips = forward_with_features(student, patches)
+            own, features = (output[0] if isinstance(output, list) else output), skips[-1]
+            del output, skips
+        else:
+            own = logits(student, patches)
+        own = own[1:]
+        pseudo = own if labeler is student else logits(labeler, view)
+    if features is not None:
+        # in float32: near 0 is where a collapse shows
+        features = F.normalize(features.float().flatten(1))
+        pairs = len(patches) * (len(patches) - 1)
+        values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
+    labels, channels = batch.labels, pseudo.shape[1]
+    if regions:
+        known, ignored = labels[:, :channels].bool().any(1), labels[:, channels:].bool().any(1)
+    else:
+        known = labels[:, 0] > 0
+        ignore_label = label_manager.ignore_label
+        ignored = torch.zeros_like(known) if ignore_label is None else labels[:, 0] == ignore_label
+    found = foreground(pseudo, regions)
+    confidence = probabilities(pseudo, regions=regions).amax(1)
+    values["labeled_foreground"] = (known & ~ignored).sum() / (~ignored).sum()
+    values["pseudo_foreground"] = found.float().mean()
+    values["pseudo_confidence"] = (confidence * found).sum() / found.sum()
+    if labeler is not student:
+        mine = foreground(own, regions)
+        values["agreement"] = 2 * (mine & found).sum() / (mine.sum() + found.sum())
+    return values
+
+
+def pseudo_labeler(networks: dict[str, nn.Module]) -> str:
+    """Whose labels the student learns from, of the networks that segment: a teacher, else a further student, or itself.
+
+    Args:
+        networks: "student" and those that are called student... or teacher....
+    """
+    companions = [name for name in networks if name != "student"]
+    return min(companions, key=lambda name: not name.startswith("teacher"), default="student")
+
+
+def foreground(logits: Tensor, regions: bool) -> Tensor:
+    """Voxels (B, *spatial) of any class but the background, or of any region: bool."""
+    return (hard_labels(logits, regions=regions) > 0).any(1)
+
+
+def mean_dice(counts: list[dict[str, np.ndarray]]) -> float:
+    """Dice of the summed counts that nnU-Net's validation steps return, mean over classes or regions.
+
+    NaN where no class is in any batch, neither in labels nor in predictions.
+    """
+    tp, fp, fn = (np.sum([step[key] for step in counts], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+    total = 2 * tp + fp + fn
+    dice = 2 * tp[total > 0] / total[total > 0]
+    return float(dice.mean()) if len(dice) else math.nan
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every part in the mode in which it was."""
+    modes = [(module, module.training) for module in network.modules()]  # a part may be in another mode on purpose
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,185 @@
+"""What is checked before a training begins, and what the log says about its data."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2 import paths
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.data.dataset_json import channel_names
+from nnunet_ssl.data.loading import UnlabeledDataset
+from nnunet_ssl.data.preprocessed import (
+    check_settings,
+    find_unlabeled,
+    finished_cases,
+    predicted_foreground,
+    preprocessing_settings,
+    unlabeled_folder,
+)
+from nnunet_ssl.data.scans import find_scans
+from nnunet_ssl.data.splits import CROSSVAL_FOLDS, check_fold, read_fold
+
+
+def refuse_unsupported(trainer: type, base: type, configuration: str, cascaded: bool) -> None:
+    """Raises NotImplementedError for a trainer whose step is not that of `base`, and for a cascade."""
+    owner = next(cls for cls in trainer.__mro__ if "train_step" in vars(cls))
+    if not issubclass(owner, base):
+        raise NotImplementedError(
+            f"{trainer.__name__} would train with {owner.__name__}.train_step, without unlabeled scans. Name the "
+            f"semi-supervised trainer first among its base classes."
+        )
+    if cascaded:
+        raise NotImplementedError(
+            f"{trainer.__name__} does not support cascades ({configuration}): the unlabeled scans have no segmentation "
+            f"of the previous stage. Train 3d_fullres or 3d_lowres, or nnUNetTrainer for this stage."
+        )
+
+
+def require_cases(folder: Path, plans: PlansManager, configuration: str) -> None:
+    """Raises FileNotFoundError where the configuration's folder has no preprocessed case."""
+    if not finished_cases(folder):
+        raise FileNotFoundError(
+            f"{folder} has no preprocessed case. Run: nnUNetv2_preprocess -d {plans.dataset_name[7:10]} "
+            f"-plans_name {plans.plans_name} -c {configuration}"
+        )
+
+
+def require_present_format(dataset_class: type, folder: str) -> None:
+    """Raises NotImplementedError where nnU-Net reads the folder with the class of an old format."""
+    if not issubclass(dataset_class, nnUNetDatasetBlosc2):
+        raise NotImplementedError(f"{folder} was preprocessed by an old nnU-Net. Run nnUNetv2_preprocess again.")
+
+
+def check_numbered_fold(splits: Path, fold: int, folder: Path) -> None:
+    """Raises ValueError where there is no such fold: for others nnU-Net would draw cases that stay unlabeled.
+
+    Args:
+        splits: splits_final.json, which may be missing.
+        fold: its number.
+        folder: with the configuration's preprocessed cases.
+    """
+    check_fold(splits, fold)
+    number = len(finished_cases(folder))
+    if not splits.is_file() and number < CROSSVAL_FOLDS:
+        raise ValueError(
+            f"{folder} has {number} cases, too few for the {CROSSVAL_FOLDS} folds that nnU-Net draws. Write a fold "
+            f"into {splits}, as " + '[{"train": ["CASE_A"], "val": ["CASE_B"]}], or train fold all.'
+        )
+
+
+def check_cases(train: list[str], val: list[str], fold: int | str, splits: Path, folder: Path) -> None:
+    """Raises FileNotFoundError that names cases of the fold which are not preprocessed in `folder`."""
+    missing = sorted({*train, *val} - finished_cases(folder))
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} cases of fold {fold} are not in {folder}, or not all three files of them: "
+            f"{', '.join(missing[:5])}. Run nnUNetv2_preprocess for this configuration again, or correct {splits}."
+        )
+
+
+def refuse_empty_labels(cases: list[str], fold: int | str, folder: Path, labels: LabelManager) -> None:
+    """Raises ValueError where no labeled case has any foreground; usually the first file that is read has some."""
+    everything = (-1, *labels.all_labels)  # nnU-Net's entry for all annotated voxels
+    for case in cases:
+        found = load_pickle(str(folder / f"{case}.pkl"))["class_locations"]
+        if any(len(voxels) for label, voxels in found.items() if label != everything):
+            return
+    raise ValueError(
+        f"None of the {len(cases)} labeled cases of fold {fold} has a voxel of a foreground label: "
+        f"{', '.join(cases[:5])}. Check their files in labelsTr, and labels in dataset.json."
+    )
+
+
+def unlabeled_dataset(
+    base: Path,
+    plans: PlansManager,
+    configuration: str,
+    fold: int | str,
+    known: dict[str, list[str]],
+    dataset_json: dict,
+) -> UnlabeledDataset:
+    """A fold's unlabeled cases from both sources, and where a model has found foreground in them.
+
+    Args:
+        base: nnUNet_preprocessed/DatasetXXX_Name.
+        plans: of the training.
+        configuration: its name.
+        fold: a number or "all".
+        known: the "labeled" cases and those "for validation", whose labels are used.
+        dataset_json: of the dataset.
+
+    Raises:
+        FileNotFoundError: there is none; the message has both ways to provide them.
+        ValueError: a case is labeled or for validation as well, or other plans have preprocessed imagesUn.
+    """
+    manager, splits = plans.get_configuration(configuration), base / "splits_final.json"
+    listed = read_fold(splits, fold)["unlabeled"] if fold != "all" else []
+    check_settings(unlabeled_folder(base, manager.data_identifier), preprocessing_settings(plans, manager))
+    files = find_unlabeled(base, manager.data_identifier, listed)
+    for kind, cases in known.items():
+        shared = sorted(set(files) & set(cases))
+        if shared:
+            raise ValueError(f"{splits}: unlabeled cases of fold {fold} are {kind} too: {shared[:5]}.")
+    if not files:
+        dataset, number = plans.dataset_name, plans.dataset_name[7:10]
+        file = f"CASE_0000{dataset_json['file_ending']}"
+        raise FileNotFoundError(
+            f"{dataset} has no unlabeled cases for fold {fold}. There are two ways to provide them:\n"
+            f"  1. Put the scans into nnUNet_raw/{dataset}/imagesUn, as {file}, without label files, and run\n"
+            f"     nnunet-ssl preprocess -d {number} -c {configuration} -p {plans.plans_name}\n"
+            f'  2. To hide labels of a labeled dataset (benchmark), write folds with an "unlabeled" list:\n'
+            f"     nnunet-ssl split -d {number} --labeled 8 --overwrite"
+        )
+    return UnlabeledDataset(files, predicted_foreground(plans, manager, None if fold == "all" else known["labeled"]))
+
+
+def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], unlabeled: UnlabeledDataset) -> str:
+    """What the log says when a training begins: its cases, its batches, the settings of its method, forgotten scans.
+
+    Args:
+        trainer: its class attributes, and those of its parents up to `base`, are the method's settings.
+        base: the class that all methods share.
+        known: cases whose labels are used, by kind.
+        unlabeled: the cases without.
+    """
+    classes = type(trainer).__mro__[: type(trainer).__mro__.index(base) + 1]
+    settings = {
+        name: getattr(trainer, name)
+        for cls in classes
+        for name, value in vars(cls).items()
+        if not name.startswith("_") and isinstance(value, int | float | str | bool)
+    }
+    numbers = {
+        "labeled": len(known["labeled"]),
+        "unlabeled": len(unlabeled),
+        "for validation": len(known["for validation"]),
+    }
+    size, patch_size = trainer.batch_size, list(trainer.configuration_manager.patch_size)
+    lines = [
+        f"Cases: {', '.join(f'{number} {kind}' for kind, number in numbers.items())}.",
+        f"Every batch: {size} labeled and {size} unlabeled patches of {patch_size} voxels; {trainer.max_steps} steps.",
+        f"{type(trainer).__name__}: {', '.join(f'{name} = {value}' for name, value in sorted(settings.items()))}",
+    ]
+    if unlabeled.predicted:
+        found = f"{len(unlabeled.predicted.keys() & unlabeled.files)} of {len(unlabeled)} unlabeled cases"
+        lines.append(f"Unlabeled patches are oversampled where a model found foreground, in {found}.")
+    images, missing = unprocessed_scans(trainer.plans_manager.dataset_name, trainer.dataset_json, unlabeled.files)
+    if missing:
+        lines.append(
+            f"WARNING: {len(missing)} scans of {images} are not preprocessed and not used. Run: nnunet-ssl preprocess "
+            f"-d {trainer.plans_manager.dataset_name[7:10]} -c {trainer.configuration_name}"
+        )
+    return "\n".join(lines)
+
+
+def unprocessed_scans(dataset: str, dataset_json: dict, files: Iterable[str]) -> tuple[Path, set[str]]:
+    """The raw dataset's imagesUn, and its scans that are not among the cases `files`; none without nnUNet_raw."""
+    if not paths.nnUNet_raw.is_set():
+        return Path(), set()
+    images = Path(paths.nnUNet_raw) / dataset / "imagesUn"
+    scans, _ = find_scans(images, dataset_json["file_ending"], len(channel_names(dataset_json)) == 1)
+    return images, scans.keys() - set(files)

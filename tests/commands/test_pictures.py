@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from matplotlib import colors, image
+
+from nnunet_ssl.commands import demo
+from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, compare_segmentations
+
+
+def write(array, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(file))
+    return file
+
+
+def pixels(file, colour):
+    """How many pixels of a picture have a colour."""
+    difference = image.imread(file)[..., :3] - np.array(colors.to_rgb(colour))
+    return int((np.abs(difference).max(-1) < 0.08).sum())
+
+
+def organ(lower, upper):
+    mask = np.zeros((6, 24, 24), np.uint8)
+    mask[2:4, lower:upper, lower:upper] = 1
+    return mask
+
+
+def test_reference_and_prediction_are_outlined_where_they_are(tmp_path):
+    scan = np.random.default_rng(0).normal(100, 10, (6, 24, 24)).astype(np.float32)
+    scans = [write(scan, tmp_path / f"case_{i}_0000.nii.gz") for i in range(2)]
+    references = [write(organ(8, 16), tmp_path / f"case_{i}.nii.gz") for i in range(2)]
+    right = [write(organ(9, 15), tmp_path / "right" / f.name) for f in references]
+    empty = [write(organ(0, 0), tmp_path / "empty" / f.name) for f in references]
+    compare_segmentations(scans, references, {"one": right, "two": right}, tmp_path / "both.png")
+    compare_segmentations(scans, references, {"one": right, "two": empty}, tmp_path / "one.png")
+    compare_segmentations(scans, references, {"one": empty, "two": empty}, tmp_path / "none.png")
+    blue = [pixels(tmp_path / f"{name}.png", PREDICTION) for name in ("both", "one", "none")]
+    orange = [pixels(tmp_path / f"{name}.png", REFERENCE) for name in ("both", "one", "none")]
+    legend = blue[2]  # the line in the legend is there in any case
+    # the other column may be a little larger: it has no label below
+    assert blue[0] - legend == pytest.approx(2 * (blue[1] - legend), rel=0.2)
+    assert blue[1] - legend > 100
+    assert min(orange) > 1000
+    assert {p.name for p in tmp_path.iterdir() if p.suffix not in (".gz", "")} == {"both.png", "one.png", "none.png"}
+
+
+def test_the_demo_shows_the_scans_that_gain_most_and_least(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    for index in range(4):
+        write(organ(8, 16), raw / "labelsTs" / f"test_{index}.nii.gz")
+    shown = {}
+    monkeypatch.setattr(
+        "nnunet_ssl.commands.pictures.compare_segmentations",
+        lambda images, references, predictions, output: shown.update(
+            images=images, references=references, predictions=predictions, output=output
+        ),
+    )
+    demo.picture(tmp_path, raw, {"A_8epochs": [50.0, 60, 70, 80], "B_8epochs": [55.0, 90, 60, 80]})
+    assert shown["references"][0].name == "test_1.nii.gz"  # + 30
+    assert shown["references"][-1].name == "test_2.nii.gz"  # - 10
+    assert shown["images"][0].name == "test_1_0000.nii.gz"
+    assert list(shown["predictions"]) == ["A", "B"]
+    assert shown["predictions"]["B"][0] == tmp_path / "predictions" / "B_8epochs" / "test_1.nii.gz"
+    assert shown["output"] == tmp_path / demo.PICTURE

@@ -1,0 +1,234 @@
+"""The contract that every trainer keeps, in 2D and 3D, with plain and residual encoders."""
+
+import shutil
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from tiny_trainers import every_trainer, make_trainer, seed
+
+from nnunet_ssl.blocks.networks import unwrap
+
+CASES = [("3d_fullres", "tiny_dataset"), ("2d", "tiny_dataset"), ("3d_fullres", "tiny_residual_dataset")]
+pytestmark = pytest.mark.parametrize("trainer_class", every_trainer(paper_settings=True))
+everywhere = pytest.mark.parametrize(("configuration", "dataset"), CASES, ids=["3d", "2d", "3d-residual"])
+
+
+def started(trainer_class, configuration, dataset, request, **settings):
+    seed()
+    trainer = make_trainer(trainer_class, request.getfixturevalue(dataset), configuration, **settings)
+    trainer.on_train_start()
+    trainer.network.train()
+    return trainer
+
+
+def late(trainer):
+    """The trainer after a third of its training: pretraining is over, and patches are still mixed."""
+    trainer.step = trainer.max_steps // 3
+    return trainer
+
+
+def groups_of_terms(trainer, batch):
+    return list(trainer.losses(batch))
+
+
+@everywhere
+def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, request):
+    trainer = started(trainer_class, configuration, dataset, request)
+    groups = groups_of_terms(trainer, trainer._to_device(next(trainer.dataloader_train)))
+    assert any(groups)
+    for group in groups:
+        for name, value in group.items():
+            assert isinstance(name, str)
+            assert value.shape == ()
+            assert torch.isfinite(value)
+
+
+@everywhere
+def test_the_loss_has_a_gradient_with_respect_to_the_unlabeled_images(trainer_class, configuration, dataset, request):
+    trainer = late(started(trainer_class, configuration, dataset, request))
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    batch.unlabeled.requires_grad_()
+    sum(value for group in groups_of_terms(trainer, batch) for value in group.values()).backward()
+    gradient = batch.unlabeled.grad.flatten(1).abs().amax(1)
+    assert (gradient > 0).all()  # of every sample
+
+
+def joint(loader_items, size):
+    """The first samples of several items of a loader as one item."""
+    items = [{k: v for k, v in item.items() if k != "keys"} for item in loader_items]
+    return {key: samples([item[key] for item in items], size) for key in items[0]}
+
+
+def samples(values, size):
+    if isinstance(values[0], list):  # the scales of deep supervision
+        return [torch.cat(scale)[:size] for scale in zip(*values, strict=True)]
+    return torch.cat(values)[:size]
+
+
+def test_every_labeled_patch_is_used_within_two_steps_of_each_phase(trainer_class, tiny_dataset):
+    # nnU-Net puts patches with foreground last in a batch: a method that uses the first ones only never sees them
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, "2d", num_iterations_per_epoch=50)
+    trainer.on_train_start()
+    trainer.network.train()
+    items = [next(trainer.dataloader_train) for _ in range(2)]
+    for begin in (0, trainer.max_steps // 3, trainer.max_steps - 2):  # every phase of every method
+        for size in (1, 2, 3, 4):
+            gradients = []
+            for trainer.step in (begin, begin + 1):
+                batch = trainer._to_device(joint(items, size))
+                batch.image.requires_grad_()
+                sum(value for terms in trainer.losses(batch) for value in terms.values()).backward()
+                gradients.append(batch.image.grad.flatten(1).abs().amax(1))
+            used = sum(gradients) > 0
+            assert used.all(), f"batch of {size}, step {begin}: {used.tolist()}"
+
+
+@everywhere
+def test_exactly_the_parameters_that_require_gradients_are_in_the_optimizer(
+    trainer_class, configuration, dataset, request
+):
+    trainer = started(trainer_class, configuration, dataset, request)
+    networks = [trainer.network, *vars(trainer.companions).values()]
+    trained = {id(p) for network in networks for p in network.parameters() if p.requires_grad}
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == optimized
+    assert {id(p) for p in trainer.network.parameters()} <= trained
+
+
+@everywhere
+def test_a_step_trains_the_students_and_leaves_no_gradient_in_a_teacher(trainer_class, configuration, dataset, request):
+    trainer = started(trainer_class, configuration, dataset, request)
+    students, companions = trainer.trained_networks(), vars(trainer.companions).values()
+    before = [torch.cat([p.detach().flatten() for p in n.parameters()]).clone() for n in students]
+    trainer.train_step(next(trainer.dataloader_train))
+    for network, old in zip(students, before, strict=True):
+        assert not torch.equal(torch.cat([p.detach().flatten() for p in network.parameters()]), old)
+    for teacher in [c for c in companions if all(c is not s for s in students)]:
+        assert all(p.grad is None for p in teacher.parameters())
+        assert not teacher.training
+    assert trainer.step == 1
+
+
+def test_a_teacher_follows_the_student(trainer_class, tiny_dataset):
+    seed()
+    trainer = late(make_trainer(trainer_class, tiny_dataset))
+    trainer.on_train_start()
+    if not hasattr(trainer.companions, "teacher"):
+        pytest.skip("no network is named teacher")
+    teacher, student = unwrap(trainer.companions.teacher), unwrap(trainer.network)
+    for _ in range(4):
+        old = [p.clone() for p in teacher.parameters()]
+        trainer.train_step(next(trainer.dataloader_train))
+    distance = [
+        sum((a - b).abs().sum() for a, b in zip(x, student.parameters(), strict=True))
+        for x in (old, teacher.parameters())
+    ]
+    assert 0 < distance[1] < distance[0]
+
+
+def poison(folder, cases):
+    """Replaces everything that was derived from the labels of these cases."""
+    rng = np.random.default_rng(0)
+    for case in cases:
+        for data in folder.glob(f"nnUNetPlans_*/{case}_seg.b2nd"):
+            shape = blosc2.open(str(data)).shape
+            data.unlink()
+            blosc2.asarray(rng.integers(-1, 2, shape).astype(np.int16), urlpath=str(data), mode="w")
+        for file in folder.glob(f"nnUNetPlans_*/{case}.pkl"):
+            properties = load_pickle(str(file))
+            properties["class_locations"] = {1: rng.integers(0, 4, (50, 4))}
+            write_pickle(properties, str(file))
+        for label in folder.glob(f"gt_segmentations/{case}.*"):
+            label.write_bytes(b"garbage")
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+def test_labels_of_unlabeled_cases_change_nothing(trainer_class, configuration, tiny_dataset, tmp_path, monkeypatch):
+    def first_losses():
+        seed()
+        trainer = late(make_trainer(trainer_class, tiny_dataset, configuration))
+        trainer.on_train_start()
+        trainer.network.train()
+        return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(3)]
+
+    expected = first_losses()
+    copy = tmp_path / tiny_dataset.name
+    shutil.copytree(tiny_dataset, copy)
+    poison(copy, [f"case_{i:03d}" for i in range(3, 7)])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    assert first_losses() == expected
+    # the garbage is where a trainer would find it: the same on labeled cases does change the losses
+    poison(copy, ["case_000", "case_001"])
+    assert first_losses() != expected
+
+
+@everywhere
+def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuration, dataset, request, tmp_path):
+    trainer = started(trainer_class, configuration, dataset, request)
+    trainer.step = 1
+    for _ in range(3):
+        trainer.train_step(next(trainer.dataloader_train))
+    for name in ("mean_fg_dice", "ema_fg_dice"):
+        trainer.logger.local_logger.my_fantastic_logging[name].append(0.5)
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    expected = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(3)]
+
+    seed(99)
+    resumed = make_trainer(trainer_class, request.getfixturevalue(dataset), configuration)
+    resumed.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    resumed.on_train_start()
+    resumed.network.train()
+    assert resumed.step == 4
+    assert [resumed.train_step(next(resumed.dataloader_train)) for _ in range(3)] == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@everywhere
+def test_the_stock_loop_trains_and_stock_code_predicts(trainer_class, configuration, dataset, request, tmp_path):
+    seed()
+    trainer = make_trainer(trainer_class, request.getfixturevalue(dataset), configuration)
+    trainer.run_training()
+    assert trainer.step == trainer.max_steps == 4
+    checkpoint = f"{trainer.output_folder}/checkpoint_final.pth"
+
+    predictor = nnUNetPredictor(tile_step_size=1, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    stock = make_trainer(nnUNetTrainer, request.getfixturevalue(dataset), configuration)
+    stock.load_checkpoint(checkpoint)
+    deployed = unwrap(trainer.inference_network()).state_dict()
+    for weights in (predictor.list_of_parameters[0], stock.network.state_dict()):
+        assert weights.keys() == deployed.keys()
+        assert all(torch.equal(weights[name], deployed[name]) for name in deployed)
+
+
+def test_with_every_weight_at_zero_the_gradient_is_that_of_supervised_training(trainer_class, tiny_dataset):
+    weights = {name: 0.0 for name in dir(trainer_class) if name.endswith("_weight")}
+    # what changes the labeled scans or their loss is switched off as well
+    plain = {
+        name: value for name, value in {"noise": 0.0, "cross_entropy": True}.items() if hasattr(trainer_class, name)
+    }
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, **weights, **plain)
+    trainer.on_train_start()
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    groups = groups_of_terms(trainer, batch)
+    if not any(name.startswith("supervised") for group in groups for name in group):
+        pytest.skip("the method has no supervised term on unmixed images")
+    sum(value for group in groups for value in group.values()).backward()
+    gradients = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
+    trainer.network.zero_grad()
+    trainer.loss(trainer.network(batch.image), batch.target).backward()
+    expected = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_the_settings_are_documented_class_attributes(trainer_class):
+    assert "__init__" not in vars(trainer_class)
+    assert trainer_class.__doc__
+    assert trainer_class.__name__.startswith("nnUNetTrainer")

@@ -1,0 +1,304 @@
+"""ACDC: a generated tree with the challenge's layout, from the files to a prediction."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2 import paths
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from tiny import plan
+from tiny_trainers import make_trainer, seed
+
+from nnunet_ssl.cli import main
+from nnunet_ssl.commands.preprocess import preprocess_unlabeled
+from nnunet_ssl.dataset_conversion import acdc
+from nnunet_ssl.dataset_conversion.acdc import (
+    TEST_PATIENTS,
+    TRAIN_PATIENTS,
+    VAL_PATIENTS,
+    make_folds,
+    read_info,
+)
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+
+PUBLISHED = {"train": "76d973d20442f6b1", "val": "244cbfed9e62e1e7", "test": "13aa61368f3af0a8"}  # lists of SSL4MIS
+SHAPE = (8, 26, 24)  # slices, rows, columns
+FRAMES = 6
+SPACING = (1.5, 1.25, 5.0)  # mm, columns first
+DIRECTION = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+ORIGIN = (10.0, -20.0, 30.0)
+# number: (end-diastolic, end-systolic frame); 38's systole is first, 50's diastole is not
+PATIENTS = {99: (1, 4), 38: (5, 2), 50: (2, 6), 100: (1, 3), 28: (1, 4), 85: (1, 5), 11: (1, 3), 13: (1, 2)}
+
+
+def write(array, file, spacing=SPACING, direction=DIRECTION, origin=ORIGIN):
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    image.SetOrigin(origin)
+    sitk.WriteImage(image, str(file))
+
+
+def write_patient(folder, number, ed, es, ending=".nii.gz"):
+    """A patient as the challenge has it; the 4D header has the time between frames as its fourth spacing."""
+    name = f"patient{number:03d}"
+    (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(number)
+    rings = np.linalg.norm(np.indices(SHAPE)[1:] - np.reshape([13, 12], (2, 1, 1, 1)), axis=0)
+    series, labels = [], []
+    for frame in range(FRAMES):
+        radius = 4 + frame / 3
+        label = np.select([rings < radius, rings < radius + 2, rings < radius + 4], [3, 2, 1], 0)
+        labels.append(label.astype(np.uint8))
+        series.append((100 + 30 * label + 8 * rng.standard_normal(SHAPE)).astype(np.int16))
+    for frame in (ed, es):
+        write(series[frame - 1], folder / name / f"{name}_frame{frame:02d}{ending}")
+        write(labels[frame - 1], folder / name / f"{name}_frame{frame:02d}_gt{ending}")
+    identity = tuple(np.eye(4).ravel())
+    cine = sitk.JoinSeries([sitk.GetImageFromArray(frame) for frame in series])
+    cine.SetSpacing((1.5, 1.25, 1.0, 35.0))
+    cine.SetDirection(identity)
+    sitk.WriteImage(cine, str(folder / name / f"{name}_4d{ending}"))
+    (folder / name / "Info.cfg").write_text(f"ED: {ed}\nES: {es}\nGroup: DCM\nHeight: 184.0\nNbFrame: {FRAMES}\n")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("acdc")
+    for number, (ed, es) in PATIENTS.items():
+        write_patient(folder / "database" / "training", number, ed, es, ".nii" if number == 50 else ".nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(source):
+    """Dataset971_ACDC, converted with all cine frames."""
+    command = f"convert acdc -i {source} -d 971 --labeled 2 1 --cine-frames all --allow-missing"
+    assert main(command.split()) == 0
+    return Path(paths.nnUNet_raw) / "Dataset971_ACDC"
+
+
+def splits():
+    return json.loads(
+        (Path(paths.nnUNet_preprocessed) / "Dataset971_ACDC" / "splits_final.json").read_text(encoding="utf-8")
+    )
+
+
+def names(folder):
+    return {file.name.removesuffix(".nii.gz").removesuffix("_0000") for file in folder.iterdir()}
+
+
+def test_cases_are_named_by_the_true_frame_numbers_of_info_cfg(dataset):
+    train = {f"patient{n:03d}_frame{f:02d}" for n in (99, 38, 50, 100, 28, 85) for f in PATIENTS[n]}
+    assert names(dataset / "imagesTr") == names(dataset / "labelsTr") == train
+    test = {f"patient{n:03d}_frame{f:02d}" for n in (11, 13) for f in PATIENTS[n]}
+    assert names(dataset / "imagesTs") == names(dataset / "labelsTs") == test
+    description = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    assert description["labels"] == {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
+    assert description["numTraining"] == 12
+
+
+def test_image_and_label_are_those_of_the_frame(dataset, source):
+    for case in names(dataset / "imagesTr"):
+        patient = case.partition("_")[0]
+        for kind, suffix in (("images", ""), ("labels", "_gt")):
+            ending = ".nii" if patient == "patient050" else ".nii.gz"
+            original = sitk.ReadImage(str(source / "database/training" / patient / f"{case}{suffix}{ending}"))
+            written = next((dataset / f"{kind}Tr").glob(f"{case}*"))
+            image = sitk.ReadImage(str(written))
+            assert np.array_equal(sitk.GetArrayViewFromImage(image), sitk.GetArrayViewFromImage(original))
+            assert_geometry(image)
+
+
+def assert_geometry(image):
+    assert image.GetSpacing() == pytest.approx(SPACING)
+    assert image.GetDirection() == pytest.approx(DIRECTION)
+    assert image.GetOrigin() == pytest.approx(ORIGIN)
+
+
+def test_cine_frames_are_the_others_with_the_geometry_of_the_3d_files(dataset, source):
+    expected = {
+        f"patient{n:03d}_frame{f:02d}" for n in (99, 38, 50, 100) for f in range(1, FRAMES + 1) if f not in PATIENTS[n]
+    }
+    assert names(dataset / "imagesUn") == expected
+    series = sitk.GetArrayFromImage(sitk.ReadImage(str(source / "database/training/patient038/patient038_4d.nii.gz")))
+    image = sitk.ReadImage(str(dataset / "imagesUn" / "patient038_frame03_0000.nii.gz"))
+    assert np.array_equal(sitk.GetArrayViewFromImage(image), series[2])
+    assert_geometry(image)
+
+
+def test_no_frame_of_a_validation_or_test_patient_is_unlabeled(dataset, source):
+    """By the voxels, whatever the files are called."""
+    forbidden = set()
+    for number in (28, 85, 11, 13):
+        file = source / f"database/training/patient{number:03d}/patient{number:03d}_4d.nii.gz"
+        forbidden |= {digest(frame) for frame in sitk.GetArrayFromImage(sitk.ReadImage(str(file)))}
+    unlabeled = {case for fold in splits() for case in fold.get("unlabeled", [])}
+    files = [*(dataset / "imagesUn").iterdir(), *(dataset / "imagesTr" / f"{c}_0000.nii.gz" for c in unlabeled)]
+    assert len(files) == 4 * (FRAMES - 2) + len(unlabeled)
+    seen = {digest(sitk.GetArrayFromImage(sitk.ReadImage(str(file)))) for file in files}
+    assert len(seen) == len(files)
+    assert not seen & forbidden
+    held_out = {digest(sitk.GetArrayFromImage(sitk.ReadImage(str(f)))) for f in (dataset / "imagesTs").iterdir()}
+    assert held_out <= forbidden  # the digests do find what is the same
+
+
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).astype(np.float32).tobytes()).hexdigest()
+
+
+def test_folds_split_by_patient(dataset):
+    two, one, everything = splits()
+    of = {n: [f"patient{n:03d}_frame{f:02d}" for f in sorted(PATIENTS[n])] for n in PATIENTS}
+    assert two["train"] == of[99] + of[38]
+    assert two["unlabeled"] == of[50] + of[100]
+    assert one["train"] == of[99]
+    assert one["unlabeled"] == of[38] + of[50] + of[100]
+    assert everything["train"] == of[99] + of[38] + of[50] + of[100]
+    assert "unlabeled" not in everything
+    assert [fold["val"] for fold in splits()] == [of[28] + of[85]] * 3
+
+
+def test_the_published_split_has_70_10_and_20_patients():
+    assert sorted(TRAIN_PATIENTS + VAL_PATIENTS + TEST_PATIENTS) == list(range(1, 101))
+    assert (len(TRAIN_PATIENTS), len(VAL_PATIENTS), len(TEST_PATIENTS)) == (70, 10, 20)
+    cases = {number: [f"{number}a", f"{number}b"] for number in TRAIN_PATIENTS + VAL_PATIENTS + TEST_PATIENTS}
+    folds = make_folds(cases, (7, 3, 14))
+    assert [len(fold["train"]) for fold in folds] == [14, 6, 28, 140]
+    assert [len(fold.get("unlabeled", [])) for fold in folds] == [126, 134, 112, 0]
+    assert all(len(fold["val"]) == 20 for fold in folds)
+    assert folds[1]["train"] == ["99a", "99b", "38a", "38b", "50a", "50b"]
+    assert folds[0]["train"][6:] == ["100a", "100b", "58a", "58b", "21a", "21b", "49a", "49b"]
+    lists = {"train": TRAIN_PATIENTS, "val": VAL_PATIENTS, "test": TEST_PATIENTS}
+    assert {name: checksum(patients) for name, patients in lists.items()} == PUBLISHED
+
+
+def checksum(patients):
+    return hashlib.sha256(" ".join(f"{number:03d}" for number in patients).encode()).hexdigest()[:16]
+
+
+def test_published_folds_have_the_published_numbers_of_slices():
+    """68 slices for 3 patients and 136 for 7, as SSL4MIS and its successors count them."""
+    root = os.environ.get("ACDC_ROOT")
+    if root is None:
+        pytest.skip("needs the real data: set ACDC_ROOT to the challenge's folder")
+    patients = acdc._find_patients(acdc._root(Path(root)), allow_missing=False)
+    slices = [
+        sum(sitk.ReadImage(image).GetSize()[2] for image, _ in patients[number].frames.values())
+        for number in TRAIN_PATIENTS[:7]
+    ]
+    assert sum(slices[:3]) == 68
+    assert sum(slices) == 136
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_a_number_of_cine_frames_is_spread_over_the_cycle(source, count):
+    command = f"convert acdc -i {source} -d 972 --labeled 1 --cine-frames {count} --allow-missing --overwrite"
+    assert main(command.split()) == 0
+    found = names(Path(paths.nnUNet_raw) / "Dataset972_ACDC" / "imagesUn")
+    per_patient = [sorted(int(n[-2:]) for n in found if n.startswith(f"patient{p:03d}")) for p in (99, 38, 50, 100)]
+    assert all(len(frames) == min(count, FRAMES - 2) for frames in per_patient)
+    assert all(not set(f) & set(PATIENTS[p]) for f, p in zip(per_patient, (99, 38, 50, 100), strict=True))
+    if count == 2:  # of frames 2, 3, 5, 6
+        assert per_patient[0] == [3, 6]
+
+
+def test_a_shifted_4d_file_is_reported(tmp_path, capsys):
+    write_patient(tmp_path, 99, 1, 4)
+    write_patient(tmp_path, 38, 1, 4)
+    write_patient(tmp_path, 28, 1, 4)
+    file = tmp_path / "patient038" / "patient038_4d.nii.gz"
+    series = sitk.ReadImage(str(file))
+    sitk.WriteImage(series[:, :, :, 1:], str(file))
+    assert main(f"convert acdc -i {tmp_path} -d 973 --labeled 1 --cine-frames 1 --allow-missing".split()) == 0
+    assert "WARNING: in 1 patients the 4D file's annotated frames differ" in capsys.readouterr().out
+
+
+def broken(tmp_path, kind):
+    for number in (99, 38, 28):
+        write_patient(tmp_path, number, 1, 4)
+    folder = tmp_path / "patient038"
+    if kind == "no info":
+        (folder / "Info.cfg").unlink()
+    elif kind == "no systole":
+        (folder / "Info.cfg").write_text("ED: 1\n")
+    elif kind == "other frame":
+        (folder / "Info.cfg").write_text("ED: 1\nES: 5\n")
+    elif kind == "no label":
+        (folder / "patient038_frame04_gt.nii.gz").unlink()
+    elif kind == "no cine":
+        (folder / "patient038_4d.nii.gz").unlink()
+    elif kind == "label value":
+        write(np.full(SHAPE, 7, np.uint8), folder / "patient038_frame04_gt.nii.gz")
+    elif kind == "size":
+        write(np.zeros((4, 4, 4), np.int16), folder / "patient038_frame04.nii.gz")
+    elif kind == "cine size":
+        write(np.zeros(SHAPE, np.int16), folder / "patient038_4d.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no info", "patient038/Info.cfg is missing"),
+        ("no systole", "Info.cfg has no line 'ES: NUMBER'"),
+        ("other frame", "has no patient038_frame05.nii.gz, which Info.cfg names as ES"),
+        ("no label", "has no patient038_frame04_gt.nii.gz"),
+        ("no cine", "1 training patients have no patientXXX_4d.nii.gz"),
+        ("label value", "patient038_frame04_gt.nii.gz has the labels [7]"),
+        ("size", "patient038_frame04_gt.nii.gz: size"),
+        ("cine size", "patient038_4d.nii.gz: shape (time, z, y, x)"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing_behind(kind, message, tmp_path, capsys):
+    broken(tmp_path, kind)
+    assert main(f"convert acdc -i {tmp_path} -d 974 --labeled 1 --cine-frames all --allow-missing".split()) == 1
+    assert message in capsys.readouterr().err
+    left = [*Path(paths.nnUNet_raw).glob("*974*"), *Path(paths.nnUNet_preprocessed).glob("*974*")]
+    assert not left
+    assert not list(Path(paths.nnUNet_raw).glob(".convert*"))
+
+
+def test_missing_patients_are_an_error_unless_allowed(source, capsys):
+    assert main(f"convert acdc -i {source} -d 975".split()) == 1
+    assert "92 of 100 listed patients are not in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("acdc --train-list x", "--train-list is for la, not for acdc"),
+        ("la --cine-frames all", "--cine-frames is for acdc, not for la"),
+    ],
+)
+def test_options_of_the_other_dataset_are_refused(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(f"convert {options} -i {tmp_path} -d 975".split())
+    assert message in capsys.readouterr().err
+
+
+def test_info_cfg_with_spaces_and_without_the_last_newline(tmp_path):
+    (tmp_path / "Info.cfg").write_text("ED : 1\r\nES:12\r\nGroup: MINF")
+    assert read_info(tmp_path / "Info.cfg") == {"ED": "1", "ES": "12", "Group": "MINF"}
+
+
+@pytest.mark.slow
+def test_a_converted_dataset_trains_in_2d_and_3d_and_predicts(dataset):
+    folder = plan(971, ("2d", "3d_fullres"), {"2d": (16, 16), "3d_fullres": (8, 16, 16)}, batch_size=4)
+    preprocess_unlabeled("971", ["2d", "3d_fullres"], num_processes=1)
+    assert len(splits()) == 3  # nnU-Net has kept them
+    for configuration in ("2d", "3d_fullres"):
+        seed()
+        trainer = make_trainer(nnUNetTrainerM3HL, folder, configuration)
+        trainer.run_training()
+        assert "Cases: 4 labeled, 20 unlabeled, 4 for validation." in Path(trainer.log_file).read_text(encoding="utf-8")
+        predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+        image = np.random.default_rng(0).standard_normal((1, *SHAPE)).astype(np.float32)
+        labels = predictor.predict_single_npy_array(image, {"spacing": [5.0, 1.25, 1.5]})
+        assert labels.shape == SHAPE
+        assert set(np.unique(labels)) <= {0, 1, 2, 3}

@@ -1,0 +1,102 @@
+"""The table and the picture of a training."""
+
+import itertools
+import math
+
+import matplotlib
+import pytest
+from matplotlib.text import Text
+
+from nnunet_ssl.training import history as module
+from nnunet_ssl.training.history import NAMES, History, draw
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("epoch,loss\n0,1.5\n1,1.25\n2,", ["epoch,loss", "0,1.5"]), ("", None), ("epoch,loss\n5,1\n", None)],
+)
+def test_rows_that_are_trained_again_or_were_cut_off_are_dropped(text, kept, tmp_path):
+    history = History(tmp_path)
+    history.table.write_text(text)
+    history.trim(1)
+    assert (history.table.read_text(encoding="utf-8").split() if history.table.exists() else None) == kept
+
+
+def test_other_columns_than_before_are_added_by_name(tmp_path):
+    history = History(tmp_path)
+    history.table.write_text("epoch,loss,b,a\n0,3.0,1.0,2.0\n")
+    history.trim(1)
+    history.append(1, {"loss": 7.0, "a": 3.0, "b": 4.0}, {"ramp": 0.5})
+    history.append(2, {"loss": 7.0, "a": 5.0, "b": 2.0}, {"ramp": 1.0})
+    lines = ["epoch,loss,b,a,ramp", "0,3.0,1.0,2.0,", "1,7.0,4.0,3.0,0.5", "2,7.0,2.0,5.0,1.0"]
+    assert history.table.read_text(encoding="utf-8").split() == lines
+    history.draw()
+    assert history.picture.is_file()
+
+
+def test_drawing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+
+    def slow(columns, other):
+        drawn.append(now[0])
+        now[0] += 0.5
+        return draw(columns, other)
+
+    monkeypatch.setattr(module, "draw", slow)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    history = History(tmp_path)
+    for epoch in range(20):
+        now[0] += 30
+        history.append(epoch, {"loss": 1.0}, {})
+        history.draw(last=epoch == 19)
+    assert drawn[0] == 30
+    assert drawn[-1] > 600  # the last one always
+    assert all(b - a >= 100 for a, b in itertools.pairwise(drawn[:-1]))  # 0.5 s are 0.5 % of 100 s
+    assert len(drawn) > 4
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["losses.csv", "semi_supervised.png"]
+
+
+def test_the_picture_has_its_own_fonts(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(module, "draw", lambda *args: figures.append(draw(*args)) or figures[0])
+    with matplotlib.rc_context({"font.size": 30, "axes.titlesize": 30, "legend.fontsize": 30}):  # as nnU-Net leaves it
+        history = History(tmp_path)
+        history.append(0, {"loss": 1.0}, {"agreement": 0.5})
+        history.draw()
+    sizes = {text.get_fontsize() for text in figures[0].findobj(Text)}
+    assert max(sizes) < 15
+
+
+def test_every_column_is_in_the_picture_with_names_and_units():
+    columns = {"epoch": (0.0, 1.0), "loss": (1.0, 0.5), "low": (0.1, 0.2)} | dict.fromkeys(NAMES, (0.5, math.nan))
+    columns |= dict.fromkeys(("dice_student", "dice_student_2"), (0.5, 0.6))
+    figure = draw(columns, "student 2")
+    shown = {line.get_label() for axis in figure.axes for line in axis.lines}
+    assert shown == {
+        "loss",
+        "low",
+        "student",
+        "student 2",
+        *(text.format(other="student 2") for text in NAMES.values()),
+    }
+    assert "Dice of student 2 and student" in shown
+    looks = [{(line.get_color(), line.get_linestyle()) for line in axis.lines} for axis in figure.axes]
+    assert [len(look) for look in looks] == [len(axis.lines) for axis in figure.axes] == [2, 2, 3, 2, 1]
+    for axis in figure.axes:
+        assert axis.get_title()
+        assert axis.get_xlabel() == "epoch"
+        assert axis.get_ylabel()
+        assert axis.get_legend() is not None
+    assert figure.axes[3].lines[0].get_ydata()[0] == 50  # percent
+
+
+def test_a_term_of_a_single_epoch_is_a_point():
+    columns = {"epoch": (0.0, 1.0, 2.0), "always": (1.0, 2.0, 3.0), "once": (1.0, math.nan, math.nan)}
+    markers = {line.get_label(): line.get_marker() for line in draw(columns, "teacher").axes[0].lines}
+    assert markers == {"always": "None", "once": "o"}
+
+
+def test_a_method_with_many_terms_has_as_many_looks():
+    columns = {"epoch": (0.0,), **{f"term_{i}": (float(i),) for i in range(12)}}
+    lines = draw(columns, "teacher").axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12

@@ -1,0 +1,255 @@
+"""What is measured of networks and pseudo labels, and the Dice of every network."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from equations import CLASSES, EVERY_KIND, started
+from PIL import Image
+from tiny_trainers import every_trainer, make_trainer, seed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunet_ssl.training.health import Health
+from nnunet_ssl.training.observations import mean_dice, observe, pseudo_labeler
+
+every = pytest.mark.parametrize("trainer_class", every_trainer())
+
+
+def observed(trainer, batch):
+    labeler = trainer.segmenting_networks()[pseudo_labeler(trainer.segmenting_networks())]
+    return observe(trainer.network, labeler, batch, trainer.label_manager)
+
+
+def read(trainer):
+    with open(Path(trainer.output_folder) / "losses.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerMeanTeacher, nnUNetTrainerCPS])
+def test_the_observations_are_what_they_are_called(trainer_class, labels, labels_dataset, size):
+    trainer = started(trainer_class, labels_dataset)
+    batch = labels.random_batch(size)
+    if not trainer.weak_view:
+        batch.unlabeled_weak = None
+    values = {name: float(value) for name, value in observed(trainer, batch).items()}
+
+    teacher = trainer_class is nnUNetTrainerMeanTeacher
+    view = batch.unlabeled_weak if teacher else batch.unlabeled
+    other = trainer.companions.teacher if teacher else trainer.companions.student_2
+    first = 0 if labels.regions else 1
+    found, own, sure = [], [], []
+    for patch in view:
+        probabilities = labels.probabilities(other(patch[None]))[0]
+        found.append((labels.hard(other(patch[None]))[0, :2] > 0).any(0))
+        own.append((labels.hard(trainer.network(patch[None]))[0, :2] > 0).any(0))
+        sure.append(probabilities.max(0).values)
+    found, own, sure = map(torch.stack, (found, own, sure))
+    truth, annotated = labels.truth(batch.target)[:, first:], labels.annotated(batch.target)[:, 0]
+    encode = trainer.network.encoder
+    codes = [encode(patch[None])[-1].flatten() for patch in (batch.image[0], *view)]
+    distances = [1 - a @ b / a.norm() / b.norm() for i, a in enumerate(codes) for b in codes[:i]]
+    assert values == pytest.approx(
+        {
+            "labeled_foreground": (((truth > 0).any(1) & annotated).sum() / annotated.sum()).item(),
+            "pseudo_foreground": found.float().mean().item(),
+            "pseudo_confidence": sure[found].mean().item(),
+            "agreement": (2 * (found & own).sum() / (found.sum() + own.sum())).item(),
+            "feature_distance": (sum(distances) / len(distances)).item(),
+        },
+        rel=1e-4,
+        abs=1e-6,
+        nan_ok=True,
+    )
+
+
+def test_a_method_of_one_network_and_a_network_without_stages(tiny_dataset):
+    class Alone(SemiSupervisedTrainer):
+        def losses(self, batch):
+            yield {"supervised": self.loss(self.network(batch.image), batch.target)}
+
+    trainer = started(Alone, tiny_dataset)
+    expected = {"labeled_foreground", "pseudo_foreground", "pseudo_confidence", "feature_distance"}
+    assert observed(trainer, CLASSES.random_batch(1)).keys() == expected
+    trainer.network = torch.nn.Conv3d(1, 2, 1)
+    assert observed(trainer, CLASSES.random_batch(1)).keys() == expected - {"feature_distance"}
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts the operations for which a GPU would make the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else []
+        by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+        self.count += by_mask or name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "unique"))
+        return function(*args, **(kwargs or {}))
+
+
+@every
+def test_observing_changes_nothing_and_waits_for_nothing(trainer_class, tiny_dataset, monkeypatch):
+    trainer = started(trainer_class, tiny_dataset)
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    networks = [trainer.network, *vars(trainer.companions).values()]
+    for network in networks:  # a part that is in another mode than the whole
+        part = next(network.children())
+        part.train(not part.training)
+    modes = [[module.training for module in network.modules()] for network in networks]
+    weights = [p.clone() for network in networks for p in network.parameters()]
+    state = torch.get_rng_state()
+    ones = torch.ones(2)
+    with HostCopies() as copies:
+        assert (float(ones[0]), len(ones[ones > 0])) == (1, 2)
+        assert copies.count == 2
+        for name in ("cpu", "numpy", "tolist"):
+            monkeypatch.setattr(torch.Tensor, name, None)
+        convert = torch.Tensor.to
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, kind: convert(x, {torch.int16: kind}[kind]))  # to no device
+        observed(trainer, batch)
+        monkeypatch.undo()
+    assert copies.count == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [[module.training for module in network.modules()] for network in networks] == modes
+    assert all(map(torch.equal, weights, (p for network in networks for p in network.parameters())))
+    assert all(p.grad is None for network in networks for p in network.parameters())
+
+
+def test_a_companion_that_does_not_segment_makes_no_pseudo_labels(tiny_dataset):
+    class Discriminator(SemiSupervisedTrainer):
+        def build_companions(self):
+            return {"discriminator": torch.nn.Linear(3, 1).requires_grad_(False)}
+
+    trainer = started(Discriminator, tiny_dataset)
+    assert pseudo_labeler(trainer.segmenting_networks()) == "student"
+    assert "agreement" not in observed(trainer, CLASSES.random_batch(2))
+
+
+@every
+def test_every_epoch_has_its_row_and_the_training_its_picture(trainer_class, tiny_dataset):
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=3)
+    trainer.run_training()
+    rows = read(trainer)
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert {"pseudo_foreground", "labeled_foreground", "agreement", "feature_distance"} <= rows[0].keys()
+    assert ("ramp" in rows[0]) == (trainer_class.rampup > 0)
+    for row in rows:
+        assert 0 < float(row["labeled_foreground"]) < 1
+        assert 0 <= float(row["pseudo_foreground"]) <= 1
+        assert float(row["feature_distance"]) > 0
+    # as the networks change, so do the observations
+    assert len({row["feature_distance"] for row in rows}) == 3
+    with Image.open(Path(trainer.output_folder) / "semi_supervised.png") as picture:
+        assert picture.size == (1600, 750)
+
+
+def test_the_step_has_no_observations_but_the_last_of_an_epoch(tiny_dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nnunet_ssl.trainer.observe", lambda *args: seen.append(trainer.step) or {})
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    trainer.num_iterations_per_epoch, trainer.step = 3, 0
+    for _ in range(7):
+        trainer.train_step(next(trainer.dataloader_train))
+    assert seen == [3, 6]
+
+
+def test_collapsed_features_have_no_distance(tiny_dataset):
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    norm = [m for m in trainer.network.encoder.modules() if isinstance(m, torch.nn.InstanceNorm3d)][-1]
+    torch.nn.init.zeros_(norm.weight)
+    torch.nn.init.ones_(norm.bias)
+    assert float(observed(trainer, CLASSES.random_batch(2))["feature_distance"]) == pytest.approx(0, abs=1e-5)
+
+
+# ---- Dice of every network ----
+
+
+@every
+def test_every_network_has_its_dice_on_validation_batches(trainer_class, tiny_dataset):
+    seed()
+    trainer = make_trainer(trainer_class, tiny_dataset, num_val_iterations_per_epoch=3)
+    trainer.run_training()
+    names = ["student", *vars(trainer.companions)]
+    rows = read(trainer)
+    assert [name for name in rows[0] if name.startswith("dice_")] == [f"dice_{name}" for name in names]
+    deployed = [float(row["dice_student"]) for row in rows]
+    assert trainer.inference_network() is trainer.network
+    assert deployed == pytest.approx(trainer.logger.get_value("mean_fg_dice", step=None))
+    assert len({rows[-1][f"dice_{name}"] for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("deployed", ["student", "teacher"])
+def test_the_dice_of_every_network_is_that_of_its_predictions(labels, labels_dataset, deployed, monkeypatch):
+    trainer = started(nnUNetTrainerMeanTeacher, labels_dataset)
+    networks = {"student": trainer.network, "teacher": trainer.companions.teacher}
+    monkeypatch.setattr(trainer, "inference_network", lambda: networks[deployed])
+    trainer.history.append = lambda epoch, losses, observations: rows.append(observations)
+    trainer.history.draw = lambda last: None
+    rows, batches = [], [labels.random_batch(2) for _ in range(12)]
+    modes = [module.training for module in networks["teacher"].modules()]
+    trainer.on_validation_epoch_start()
+    outputs = []
+    with torch.no_grad():
+        for batch in batches:
+            outputs.append(trainer.validation_step({"data": batch.image, "target": batch.target.clone()}))
+        trainer.on_validation_epoch_end(outputs)
+    first = 0 if labels.regions else 1
+    for name, network in networks.items():
+        twice = total = 0
+        for batch in batches[:10]:  # nnU-Net's own Dice is of all
+            found = labels.truth(labels.hard(network(batch.image)))[:, first:]
+            truth, counts = labels.truth(batch.target)[:, first:], labels.annotated(batch.target)
+            twice = twice + (2 * found * truth * counts).sum((0, 2, 3, 4))
+            total = total + ((found + truth) * counts).sum((0, 2, 3, 4))
+        assert rows[0][f"dice_{name}"] == pytest.approx((twice / total).mean().item(), rel=1e-5)
+    assert rows[0]["dice_student"] != rows[0]["dice_teacher"]
+    if deployed == "student":
+        assert [module.training for module in networks["teacher"].modules()] == modes
+
+
+def test_classes_that_are_nowhere_have_no_dice():
+    def counts(*values):
+        return {key: np.array(value) for key, value in zip(("tp_hard", "fp_hard", "fn_hard"), values, strict=True)}
+
+    nowhere = counts([0, 0], [0, 0], [0, 0])
+    assert math.isnan(mean_dice([nowhere]))
+    assert mean_dice([nowhere, counts([2, 0], [1, 0], [1, 0]), counts([1, 0], [0, 0], [0, 0])]) == pytest.approx(6 / 8)
+
+
+@pytest.mark.parametrize(("teacher", "warned"), [(0.74, True), (0.76, False)])
+def test_a_teacher_below_every_student_is_told(teacher, warned):
+    said = []
+    Health(said.append).compare_dice({"student": 0.9, "student_2": 0.8, "teacher": teacher})
+    text = f"WARNING: on validation patches the teacher has a Dice of {teacher:.3f}, every student 0.800 or more"
+    assert [line.startswith(text) for line in said] == [True] * warned
+
+
+@pytest.mark.parametrize(("epoch", "compared"), [(0, False), (5, True)])
+def test_teachers_may_lag_behind_in_the_first_tenth_of_a_training(epoch, compared, tiny_dataset, monkeypatch):
+    seed()
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, num_epochs=10)
+    trainer.on_train_start()
+    trainer.current_epoch = epoch
+    compare_dice, seen = trainer.health.compare_dice, []
+    monkeypatch.setattr(trainer.health, "compare_dice", lambda dice: seen.append(dice.keys()) or compare_dice(dice))
+    trainer.on_validation_epoch_start()
+    trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    assert seen == [{"student", "teacher"}] * compared
+
+
+@every
+def test_pseudo_labels_are_the_teachers_where_there_is_one(trainer_class, tiny_dataset):
+    trainer = started(trainer_class, tiny_dataset)
+    name = pseudo_labeler(trainer.segmenting_networks())
+    assert name == ("student_2" if trainer_class is nnUNetTrainerCPS else "teacher")
