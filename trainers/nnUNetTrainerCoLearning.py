@@ -8,9 +8,12 @@ Differs from the paper on purpose (it has no public code):
 - lambda and mu are ramped up, and labeled scans have nnU-Net's Dice and cross entropy. The paper's constant weights and
   Dice alone were measured to be worse (benchmarks/results).
 - Student 1 is deployed: it was ahead of the teacher (benchmarks/results), or equal after a supervised training.
-- Dice is nnU-Net's: without the background; that of Eq. 4-9 over half a batch where nnU-Net's is over the batch. Hard
-  pseudo labels for Eq. 4-9; Eq. 15-17 compare the softmax with labels, and with the teacher's softmax where the voxel
-  is unlabeled. The teacher sees the whole patch, in a weak view (spatial augmentation only).
+- Dice is nnU-Net's, which leaves the background out. Where nnU-Net takes it over the whole batch, the Dice of Eq. 4-9
+  is taken over each half of it.
+- Eq. 4-9 learn from hard pseudo labels.
+- Eq. 15-17 compare the student's probabilities with the label of a labeled voxel, and with the teacher's probabilities
+  of an unlabeled one.
+- The teacher sees the whole unlabeled patch with spatial augmentation only.
 """
 
 import torch

@@ -203,11 +203,11 @@ def caption(jobs: Sequence[Job]) -> str:
     mirrored = "with" if job.mirroring else "without"
     return (
         f"{job.dataset}, {job.configuration}, {job.plans}, fold {', '.join(folds)}; final checkpoint, {mirrored} "
-        f"mirroring at prediction. Mean ± standard deviation over the test cases; the value of a case is the mean over "
-        f"its labels, then over the folds. Protocol {PROTOCOL} of nnunet-ssl evaluate: all voxels of the prediction "
-        f"count, HD95 is the 95 % Hausdorff distance and ASD the average surface distance from prediction to "
+        f"mirroring at prediction. Mean ± standard deviation over the test cases. The value of a case is its mean over "
+        f"the labels and then over the folds. All voxels of a prediction count (protocol {PROTOCOL} of nnunet-ssl "
+        f"evaluate). HD95 is the 95 % Hausdorff distance, ASD the average surface distance from prediction to "
         f"reference, both in mm. 'No distance' counts the cases in which one of the two masks is empty; they are left "
-        f"out of HD95 and ASD. p is that of the two-sided Wilcoxon signed-rank test of the Dice, paired by case, "
-        f"against {job.trainer}, not corrected for the number of comparisons. It tells nothing about the variation "
-        f"between trainings."
+        f"out of HD95 and ASD. p is from a two-sided Wilcoxon signed-rank test of the Dice against {job.trainer}, "
+        f"paired by case and not corrected for the number of comparisons. It does not tell how much two trainings of "
+        f"the same trainer differ."
     )
