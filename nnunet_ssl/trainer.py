@@ -197,7 +197,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             make_repeatable(transforms)
         val_transforms = self.get_validation_transforms(scales, **labels)
         train, val = self.get_tr_and_val_datasets()
-        known = {"labeled": train.identifiers, "for validation": val.identifiers}
+        known = {"training": train.identifiers, "validation": val.identifiers}
         folder, plans, name = Path(self.preprocessed_dataset_folder_base), self.plans_manager, self.configuration_name
         unlabeled = preflight.unlabeled_dataset(folder, plans, name, self.fold, known, self.dataset_json)
         text = preflight.describe(self, SemiSupervisedTrainer, known, unlabeled)

@@ -24,6 +24,15 @@ def pytest_unconfigure():
     _ROOT.cleanup()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Only tests that are marked `pictures` draw."""
+    if request.node.get_closest_marker("pictures") is None:
+        from tiny_trainers import without_pictures
+
+        without_pictures(monkeypatch.setattr)
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset() -> Path:
     """Dataset701_Tiny, preprocessed in 2d and 3d_fullres: 2 labeled, 1 for validation, 4 + 2 unlabeled, 1 test scan.

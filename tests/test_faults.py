@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from faults import kills, other_faults, run
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc"),
+    pytest.mark.pictures,  # in which some of the trainings are killed
+]
 
 # those that no other test has; all of them are in the benchmark
 AIMED = [fault for fault in kills(8, seconds=1) if "plotted" in fault.name or "workers start" in fault.name]

@@ -11,12 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from tiny_trainers import make_trainer, seed
+from tiny_trainers import make_trainer, seed, without_pictures
 from torch import nn
 
 from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, logits
@@ -395,12 +396,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 sys.path.insert(0, {tests!r})
 import multiprocessing
 from pathlib import Path
-from tiny_trainers import make_trainer, seed
+from tiny_trainers import make_trainer, seed, without_pictures
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 import torch
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    without_pictures()
     {setup}
     seed()
     trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), num_iterations_per_epoch=3, num_epochs=4, save_every=1)
@@ -431,49 +433,61 @@ def losses_of(results):
         return list(csv.reader(f))
 
 
-RESUME = """
-checkpoint = Path(trainer.output_folder) / "checkpoint_latest.pth"
-    trainer.load_checkpoint(str(checkpoint))"""
-KILL_IN_EPOCH = """
-original = trainer.train_step
+def kill_in_epoch(trainer):
+    original = trainer.train_step
+
     def step(batch):
         if trainer.step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(batch)
-    trainer.train_step = step"""
-KILL_IN_WRITE = """
-original = torch.save
+
+    trainer.train_step = step
+
+
+def kill_in_write(trainer):
+    original = torch.save
+
     def save(state, file):
         original(state, file)
         if trainer.current_epoch == 2 and not hasattr(file, "getvalue"):
             data = Path(file).read_bytes()
             Path(file).write_bytes(data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-    torch.save = save"""
+
+    torch.save = save
+
+
+def losses_of_fold(folder):
+    with open(folder / "losses.csv", newline="") as f:
+        return list(csv.reader(f))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_dataset, tmp_path_factory):
-    results = tmp_path_factory.mktemp("uninterrupted")
-    process = run_script(tiny_dataset, results)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return losses_of(results)
+    results = tmp_path_factory.mktemp("uninterrupted") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_ssl_seed", "0")
+        process = faults.start(tiny_dataset, results, inside=lambda trainer: without_pictures())
+        assert faults.finish(process) == 0, process.log.read_text(encoding="utf-8")
+    return losses_of_fold(faults.fold_folder(tiny_dataset, results))
 
 
-@pytest.mark.parametrize("kill", [KILL_IN_EPOCH, KILL_IN_WRITE], ids=["in an epoch", "while a checkpoint is written"])
-def test_a_killed_training_continues_with_the_same_losses(kill, uninterrupted, tiny_dataset, tmp_path):
-    process = run_script(tiny_dataset, tmp_path, before=kill)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, output
-    for checkpoint in fold_folder(tmp_path).glob("checkpoint_*.pth"):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the trainings")
+@pytest.mark.parametrize("kill", [kill_in_epoch, kill_in_write])
+def test_a_killed_training_continues_with_the_same_losses(kill, uninterrupted, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_ssl_seed", "0")
+    results = tmp_path / "results"
+    folder = faults.fold_folder(tiny_dataset, results)
+    process = faults.start(tiny_dataset, results, inside=kill)
+    assert faults.finish(process) == -signal.SIGKILL, process.log.read_text(encoding="utf-8")
+    for checkpoint in folder.glob("checkpoint_*.pth"):
         torch.load(checkpoint, weights_only=False)  # whatever has a checkpoint's name is whole
 
-    process = run_script(tiny_dataset, tmp_path, before=RESUME)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert losses_of(tmp_path) == uninterrupted
-    assert not list(fold_folder(tmp_path).glob(".*"))  # no temporary file of the killed process
+    monkeypatch.setenv("nnUNet_ssl_seed", "1")  # the random numbers are those of the checkpoint
+    process = faults.start(tiny_dataset, results, continued=True)
+    assert faults.finish(process) == 0, process.log.read_text(encoding="utf-8")
+    assert losses_of_fold(folder) == uninterrupted
+    assert not list(folder.glob(".*"))  # no temporary file of the killed process
     assert len(uninterrupted) == 5
 
 
@@ -493,9 +507,8 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_two_workers_serve_both_streams_and_end_with_the_training(method, tiny_dataset, tmp_path):
-    setup = f"multiprocessing.set_start_method({method!r})"
+def test_two_workers_serve_both_streams_and_end_with_the_training(tiny_dataset, tmp_path):
+    setup = "multiprocessing.set_start_method('spawn')"  # as on Windows and macOS; a fork server pickles the same
     process = run_script(tiny_dataset, tmp_path, setup=setup, nnUNet_n_proc_DA="2")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

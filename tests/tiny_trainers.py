@@ -9,23 +9,32 @@ from pathlib import Path
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform, blur_dimension
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.autoregister import trainers_folder
 from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.training.history import History
 
 # nnU-Net times two ways to blur and takes the faster one, whose rounding differs: tests compare to the last bit
 GaussianBlurTransform._benchmark_wrapper = staticmethod(blur_dimension)
 
 
-def every_trainer(paper_settings: bool = False) -> list[type[SemiSupervisedTrainer]]:
-    """All trainer classes of the files in trainers/; those that are named ...Paper change attributes only."""
+def every_trainer(variants: bool = False) -> list[type[SemiSupervisedTrainer]]:
+    """All methods in trainers/, and if wanted the classes that change nothing of a method but its settings."""
     found = []
     for file in sorted(Path(trainers_folder()).glob("nnUNetTrainer*.py")):
         module = importlib.import_module(f"nnunet_ssl.trainers.{file.stem}")
         classes = inspect.getmembers(module, inspect.isclass)
         found += [c for name, c in classes if c.__module__ == module.__name__ and issubclass(c, nnUNetTrainer)]
-    return [c for c in found if paper_settings or not c.__name__.endswith("Paper")]
+    return [c for c in found if variants or c.__base__ is SemiSupervisedTrainer]
+
+
+def without_pictures(set_attribute=setattr) -> None:
+    """Trainings draw nothing from now on: it takes ten times as long as the tiny trainings themselves."""
+    # the file has to be there: nnU-Net packs it with a model
+    set_attribute(MetaLogger, "plot_progress_png", lambda _, folder: Path(folder, "progress.png").touch())
+    set_attribute(History, "draw", lambda *_: None)
 
 
 def make_trainer(trainer: type, dataset: Path, configuration: str = "3d_fullres", fold: int = 0, **settings):

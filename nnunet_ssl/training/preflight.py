@@ -109,7 +109,7 @@ def unlabeled_dataset(
         plans: of the training.
         configuration: its name.
         fold: a number or "all".
-        known: the "labeled" cases and those "for validation", whose labels are used.
+        known: the cases for "training" and for "validation", whose labels are used.
         dataset_json: of the dataset.
 
     Raises:
@@ -123,7 +123,7 @@ def unlabeled_dataset(
     for kind, cases in known.items():
         shared = sorted(set(files) & set(cases))
         if shared:
-            raise ValueError(f"{splits}: unlabeled cases of fold {fold} are {kind} too: {shared[:5]}.")
+            raise ValueError(f"{splits}: unlabeled cases of fold {fold} are {kind} cases too: {shared[:5]}.")
     if not files:
         dataset, number = plans.dataset_name, plans.dataset_name[7:10]
         file = f"CASE_0000{dataset_json['file_ending']}"
@@ -134,7 +134,7 @@ def unlabeled_dataset(
             f'  2. To hide labels of a labeled dataset (benchmark), write folds with an "unlabeled" list:\n'
             f"     nnunet-ssl split -d {number} --labeled 8 --overwrite"
         )
-    return UnlabeledDataset(files, predicted_foreground(plans, manager, None if fold == "all" else known["labeled"]))
+    return UnlabeledDataset(files, predicted_foreground(plans, manager, None if fold == "all" else known["training"]))
 
 
 def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], unlabeled: UnlabeledDataset) -> str:
@@ -143,7 +143,7 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
     Args:
         trainer: its class attributes, and those of its parents up to `base`, are the method's settings.
         base: the class that all methods share.
-        known: cases whose labels are used, by kind.
+        known: see `unlabeled_dataset`.
         unlabeled: the cases without.
     """
     classes = type(trainer).__mro__[: type(trainer).__mro__.index(base) + 1]
@@ -154,9 +154,9 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         if not name.startswith("_") and isinstance(value, int | float | str | bool)
     }
     numbers = {
-        "labeled": len(known["labeled"]),
+        "labeled": len(known["training"]),
         "unlabeled": len(unlabeled),
-        "for validation": len(known["for validation"]),
+        "for validation": len(known["validation"]),
     }
     size, patch_size = trainer.batch_size, list(trainer.configuration_manager.patch_size)
     lines = [

@@ -196,7 +196,8 @@ def test_predictions_of_another_checkpoint_other_settings_or_other_labels_are_ma
 def test_a_sweep_that_is_killed_goes_on_with_the_job_it_was_at(trained, fake):
     code = "import test_compare as t; t.job_module.execute = t.fake_execute; "
     code += "t.run_module.check_trainers = print; t.compare()"  # to find them takes seconds
-    environment = os.environ | {"KILL_AT": "nnUNetTrainerM3"}
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"KILL_AT": "nnUNetTrainerM3", "PYTHONPATH": str(tests)}
     process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert fake() == ["nnUNetv2_predict nnUNetTrainer", "nnUNetv2_predict nnUNetTrainerM3"]

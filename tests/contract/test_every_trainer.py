@@ -14,7 +14,8 @@ from tiny_trainers import every_trainer, make_trainer, seed
 from nnunet_ssl.blocks.networks import unwrap
 
 CASES = [("3d_fullres", "tiny_dataset"), ("2d", "tiny_dataset"), ("3d_fullres", "tiny_residual_dataset")]
-pytestmark = pytest.mark.parametrize("trainer_class", every_trainer(paper_settings=True))
+every_method = pytest.mark.parametrize("trainer_class", every_trainer())
+with_variants = pytest.mark.parametrize("trainer_class", every_trainer(variants=True))
 everywhere = pytest.mark.parametrize(("configuration", "dataset"), CASES, ids=["3d", "2d", "3d-residual"])
 
 
@@ -36,6 +37,7 @@ def groups_of_terms(trainer, batch):
     return list(trainer.losses(batch))
 
 
+@every_method
 @everywhere
 def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, request):
     trainer = started(trainer_class, configuration, dataset, request)
@@ -48,6 +50,7 @@ def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, 
             assert torch.isfinite(value)
 
 
+@with_variants
 @everywhere
 def test_the_loss_has_a_gradient_with_respect_to_the_unlabeled_images(trainer_class, configuration, dataset, request):
     trainer = late(started(trainer_class, configuration, dataset, request))
@@ -70,6 +73,7 @@ def samples(values, size):
     return torch.cat(values)[:size]
 
 
+@with_variants
 def test_every_labeled_patch_is_used_within_two_steps_of_each_phase(trainer_class, tiny_dataset):
     # nnU-Net puts patches with foreground last in a batch: a method that uses the first ones only never sees them
     seed()
@@ -89,6 +93,7 @@ def test_every_labeled_patch_is_used_within_two_steps_of_each_phase(trainer_clas
             assert used.all(), f"batch of {size}, step {begin}: {used.tolist()}"
 
 
+@every_method
 @everywhere
 def test_exactly_the_parameters_that_require_gradients_are_in_the_optimizer(
     trainer_class, configuration, dataset, request
@@ -101,6 +106,7 @@ def test_exactly_the_parameters_that_require_gradients_are_in_the_optimizer(
     assert {id(p) for p in trainer.network.parameters()} <= trained
 
 
+@every_method
 @everywhere
 def test_a_step_trains_the_students_and_leaves_no_gradient_in_a_teacher(trainer_class, configuration, dataset, request):
     trainer = started(trainer_class, configuration, dataset, request)
@@ -115,6 +121,7 @@ def test_a_step_trains_the_students_and_leaves_no_gradient_in_a_teacher(trainer_
     assert trainer.step == 1
 
 
+@every_method
 def test_a_teacher_follows_the_student(trainer_class, tiny_dataset):
     seed()
     trainer = late(make_trainer(trainer_class, tiny_dataset))
@@ -148,6 +155,7 @@ def poison(folder, cases):
             label.write_bytes(b"garbage")
 
 
+@every_method
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 def test_labels_of_unlabeled_cases_change_nothing(trainer_class, configuration, tiny_dataset, tmp_path, monkeypatch):
     def first_losses():
@@ -168,6 +176,7 @@ def test_labels_of_unlabeled_cases_change_nothing(trainer_class, configuration, 
     assert first_losses() != expected
 
 
+@every_method
 @everywhere
 def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuration, dataset, request, tmp_path):
     trainer = started(trainer_class, configuration, dataset, request)
@@ -189,6 +198,7 @@ def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuratio
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
+@every_method
 @everywhere
 def test_the_stock_loop_trains_and_stock_code_predicts(trainer_class, configuration, dataset, request, tmp_path):
     seed()
@@ -207,6 +217,7 @@ def test_the_stock_loop_trains_and_stock_code_predicts(trainer_class, configurat
         assert all(torch.equal(weights[name], deployed[name]) for name in deployed)
 
 
+@every_method
 def test_with_every_weight_at_zero_the_gradient_is_that_of_supervised_training(trainer_class, tiny_dataset):
     weights = {name: 0.0 for name in dir(trainer_class) if name.endswith("_weight")}
     # what changes the labeled scans or their loss is switched off as well
@@ -228,7 +239,18 @@ def test_with_every_weight_at_zero_the_gradient_is_that_of_supervised_training(t
     torch.testing.assert_close(gradients, expected)
 
 
+@with_variants
 def test_the_settings_are_documented_class_attributes(trainer_class):
     assert "__init__" not in vars(trainer_class)
     assert trainer_class.__doc__
     assert trainer_class.__name__.startswith("nnUNetTrainer")
+
+
+def test_a_variant_changes_settings_that_its_method_has():
+    for variant in set(every_trainer(variants=True)) - set(every_trainer()):
+        own = {name: value for name, value in vars(variant).items() if not name.startswith("__")}
+        assert variant.__base__ in every_trainer()
+        assert own
+        for name, value in own.items():
+            assert not callable(value)
+            assert type(value) is type(getattr(variant.__base__, name)), f"{variant}.{name}"

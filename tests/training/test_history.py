@@ -10,6 +10,8 @@ from matplotlib.text import Text
 from nnunet_ssl.training import history as module
 from nnunet_ssl.training.history import NAMES, History, draw
 
+pytestmark = pytest.mark.pictures
+
 
 @pytest.mark.parametrize(
     ("text", "kept"),

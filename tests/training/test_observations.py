@@ -135,7 +135,7 @@ def test_a_companion_that_does_not_segment_makes_no_pseudo_labels(tiny_dataset):
 
 
 @every
-def test_every_epoch_has_its_row_and_the_training_its_picture(trainer_class, tiny_dataset):
+def test_every_epoch_has_its_row(trainer_class, tiny_dataset):
     seed()
     trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=3)
     trainer.run_training()
@@ -149,6 +149,13 @@ def test_every_epoch_has_its_row_and_the_training_its_picture(trainer_class, tin
         assert float(row["feature_distance"]) > 0
     # as the networks change, so do the observations
     assert len({row["feature_distance"] for row in rows}) == 3
+
+
+@pytest.mark.pictures
+def test_a_training_has_its_picture(tiny_dataset):
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset)
+    trainer.run_training()
     with Image.open(Path(trainer.output_folder) / "semi_supervised.png") as picture:
         assert picture.size == (1600, 750)
 

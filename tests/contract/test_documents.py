@@ -1,0 +1,81 @@
+"""The tables in docs/ name every test, and every test is in them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_bad_input import BAD_ARGUMENTS, BAD_COMMANDS, BAD_DATA, BAD_ENVIRONMENT
+from tiny_trainers import every_trainer
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def collected(request):
+    """Every test there is, as folder/file::function[parameters]."""
+    names = [item.nodeid for item in request.session.items]
+    if {name.partition("::")[0] for name in names} != {
+        f"tests/{f.relative_to(TESTS)}" for f in TESTS.rglob("test_*.py")
+    }:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=TESTS.parent)
+        names = [line for line in done.stdout.splitlines() if "::" in line]
+    return {name.removeprefix("tests/") for name in names}
+
+
+def test_the_table_names_a_test_for_every_trainer_and_feature(collected):
+    by_function = {}  # file::function to the sets of its parameters
+    for name in collected:
+        function, _, parameters = name.partition("[")
+        by_function.setdefault(function, []).append(set(parameters.rstrip("]").split("-")))
+    lines = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    trainers = rows[0][2:]
+    assert {f"nnUNetTrainer{name}" for name in trainers} == {t.__name__ for t in every_trainer()}
+    named = set()
+    for _, test, *cells in (row for row in rows if "::" in row[1]):
+        test = test.strip("`")
+        named.add(test)
+        assert test in by_function, f"{test} does not exist"
+        source = (
+            (TESTS / test.partition("::")[0])
+            .read_text(encoding="utf-8")
+            .partition(f"def {test.partition('::')[2]}(")[2]
+        )
+        assert len(cells) in (0, len(trainers))
+        for name, cell in zip(trainers, cells, strict=False):
+            assert cell in ("yes", "refused")
+            assert any(f"nnUNetTrainer{name}" in parameters for parameters in by_function[test]), f"{test}: {name}"
+            if cell == "refused":
+                assert "pytest.raises(NotImplementedError" in source.partition("\n\n\n")[0]
+    own = {test for test in by_function if test.startswith("contract/test_compatibility.py")}
+    assert own <= named
+
+
+def test_the_table_names_every_mistake_its_message_and_its_test(collected):
+    lines = (TESTS.parent / "docs" / "bad_input.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [row for row in rows if "::" in row[-1]]
+    named = {}
+    for mistake, message, test in rows:
+        test = test.strip("`")
+        assert mistake
+        assert test in collected or any(name.startswith(f"{test}[") for name in collected), f"{test} does not exist"
+        named[test] = message
+    tables = {
+        "test_data": {key: words for key, (_, words) in BAD_DATA.items()},
+        "test_arguments": {key: words for key, (_, words) in BAD_ARGUMENTS.items()},
+        "test_environment": {key: words for key, (_, words) in BAD_ENVIRONMENT.items()},
+        "test_commands": {key: re.escape(words) for key, (_, _, words) in BAD_COMMANDS.items()},
+    }
+    for function, table in tables.items():
+        for key, words in table.items():
+            test = f"contract/test_bad_input.py::{function}[{key}]"
+            assert test in named, f"docs/bad_input.md lacks {test}"
+            assert re.search(words, named[test]), f"docs/bad_input.md: the message of {test} has no {words!r}"
+    own = {name.partition("[")[0] for name in collected if name.startswith("contract/test_bad_input.py")}
+    others = ("any_json", "any_bytes", "deep_json")
+    missing = own - {test.partition("[")[0] for test in named}
+    assert not [name for name in missing if not any(other in name for other in others)]
