@@ -22,7 +22,7 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 class nnUNetTrainerMine(nnUNetTrainerM3HL):
     feature_weight = 0.1
-    num_epochs = 6
+    num_epochs = 3
     num_iterations_per_epoch = 2
     num_val_iterations_per_epoch = 1
     save_every = 1
@@ -71,7 +71,7 @@ def test_stock_commands_train_continue_and_predict(tiny_dataset, command, tmp_pa
     assert f"Epoch {done - 1} " not in output
     assert "feature_weight = 0.1" in output
     state = torch.load(final, weights_only=False)
-    assert state[CHECKPOINT_KEY]["step"] == 12
+    assert state[CHECKPOINT_KEY]["step"] == 6
     assert (model / "fold_0" / "validation" / "case_002.nii.gz").is_file()
 
     images = Path(nnUNet_raw) / "Dataset701_Tiny" / "imagesTs"

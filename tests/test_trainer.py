@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import faults
@@ -391,46 +390,21 @@ def test_the_supervised_baseline_has_them_too(tiny_dataset):
 # ---- separate processes: workers, interruption, killing ----
 
 SCRIPT = """
-import sys, os, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
-sys.path.insert(0, {tests!r})
-import multiprocessing
-from pathlib import Path
-from tiny_trainers import make_trainer, seed, without_pictures
-from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
-import torch
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # the workers, which import this file, need nothing of what follows
+    import multiprocessing, sys
+    multiprocessing.set_start_method("spawn")  # as on Windows and macOS; a fork server pickles the same
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import torch
+    from tiny_trainers import make_trainer, seed, without_pictures
+    from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
     torch.set_num_threads(1)
     without_pictures()
-    {setup}
     seed()
-    trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), num_iterations_per_epoch=3, num_epochs=4, save_every=1)
-    {before}
+    trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), num_iterations_per_epoch=3, num_epochs=4)
     trainer.run_training()
     print("finished", flush=True)
 """
-
-
-def run_script(dataset, results, setup="", before="", **environment):
-    before = before.strip()
-    script = SCRIPT.format(tests=str(Path(__file__).parent), setup=setup, dataset=str(dataset), before=before)
-    results.mkdir(exist_ok=True)
-    file = results / "script.py"
-    file.write_text(script)
-    environment = {**os.environ, "nnUNet_results": str(results), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        [sys.executable, str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
-    )
-
-
-def fold_folder(results):
-    return next(results.glob("Dataset701_Tiny/nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0"))
-
-
-def losses_of(results):
-    with open(fold_folder(results) / "losses.csv", newline="") as f:
-        return list(csv.reader(f))
 
 
 def kill_in_epoch(trainer):
@@ -457,7 +431,7 @@ def kill_in_write(trainer):
     torch.save = save
 
 
-def losses_of_fold(folder):
+def losses_of(folder):
     with open(folder / "losses.csv", newline="") as f:
         return list(csv.reader(f))
 
@@ -469,7 +443,7 @@ def uninterrupted(tiny_dataset, tmp_path_factory):
         patch.setenv("nnUNet_ssl_seed", "0")
         process = faults.start(tiny_dataset, results, inside=lambda trainer: without_pictures())
         assert faults.finish(process) == 0, process.log.read_text(encoding="utf-8")
-    return losses_of_fold(faults.fold_folder(tiny_dataset, results))
+    return losses_of(faults.fold_folder(tiny_dataset, results))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the trainings")
@@ -486,7 +460,7 @@ def test_a_killed_training_continues_with_the_same_losses(kill, uninterrupted, t
     monkeypatch.setenv("nnUNet_ssl_seed", "1")  # the random numbers are those of the checkpoint
     process = faults.start(tiny_dataset, results, continued=True)
     assert faults.finish(process) == 0, process.log.read_text(encoding="utf-8")
-    assert losses_of_fold(folder) == uninterrupted
+    assert losses_of(folder) == uninterrupted
     assert not list(folder.glob(".*"))  # no temporary file of the killed process
     assert len(uninterrupted) == 5
 
@@ -502,38 +476,39 @@ def parent(process):
         return None
 
 
-def is_running(pid):
-    return Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
 def test_two_workers_serve_both_streams_and_end_with_the_training(tiny_dataset, tmp_path):
-    setup = "multiprocessing.set_start_method('spawn')"  # as on Windows and macOS; a fork server pickles the same
-    process = run_script(tiny_dataset, tmp_path, setup=setup, nnUNet_n_proc_DA="2")
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT.format(tests=str(Path(__file__).parent), dataset=str(tiny_dataset)))
+    environment = {**os.environ, "nnUNet_results": str(tmp_path), "OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "2"}
+    process = subprocess.Popen(
+        [sys.executable, str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "finished" in output
-    assert len(losses_of(tmp_path)) == 5
+    (folder,) = tmp_path.glob("Dataset701_Tiny/nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0")
+    assert len(losses_of(folder)) == 5
     assert children(process.pid) == []
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
 def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
-    endless = "trainer.num_epochs = 10**6"
-    process = run_script(tiny_dataset, tmp_path, before=endless, nnUNet_n_proc_DA="2")
+    results = tmp_path / "results"
+    process = faults.start(
+        tiny_dataset, results, workers=2, inside=lambda trainer: vars(trainer).update(num_epochs=10**6)
+    )
+    table = faults.fold_folder(tiny_dataset, results) / "losses.csv"
     try:
-        deadline = time.time() + 120
-        while not list(tmp_path.glob("Dataset701_Tiny/*/fold_0/losses.csv")) and time.time() < deadline:
-            time.sleep(0.2)
+        assert faults.wait_for(table.is_file, process)
         workers = children(process.pid)
         assert len(workers) >= 3  # two for training, one for validation
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        os.kill(process.pid, signal.SIGINT)
+        assert faults.finish(process) == 1
     finally:
         process.kill()
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in output
-    assert not [pid for pid in workers if is_running(pid)]
+    assert "KeyboardInterrupt" in process.log.read_text(encoding="utf-8")
+    assert faults.group(process.pid) == []
 
 
 def test_the_readmes_method_is_the_trainer_as_it_is():

@@ -105,4 +105,4 @@ def save(trainer, file):
 
 if __name__ == "__main__":
     folders = [Path(argument) for argument in sys.argv[1:3]]
-    mp.spawn(rank_main, args=(2, *folders), nprocs=2)
+    mp.start_processes(rank_main, args=(2, *folders), nprocs=2, start_method="fork")  # nothing is imported again

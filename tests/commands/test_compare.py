@@ -1,7 +1,9 @@
 """`nnunet-ssl compare`: jobs, what an interruption leaves, the table, the figure, and jobs on a cluster."""
 
+import contextlib
 import csv
 import json
+import multiprocessing.dummy
 import os
 import shutil
 import signal
@@ -9,12 +11,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from matplotlib import colors, image
 from nnunetv2 import paths
 from scipy import stats
@@ -606,6 +611,12 @@ def test_jobs_run_through_submitits_local_executor(tmp_path, monkeypatch):
     killed = cluster.run_jobs(executor, signal.raise_signal, {"killed": int(signal.SIGKILL)})["killed"]
     assert "ended without a result" in killed
     assert Path(killed.rpartition("log: ")[2]).parent == tmp_path / "jobs"
+    (tmp_path / "logs").mkdir()
+    shared = {"train": False, "device": "cpu", "num_processes": 1, "mirroring": False}
+    job = job_module.Job("Dataset801_None", "3d_fullres", "nnUNetPlans", "T", 0, tmp_path, **shared)
+    failed = cluster.run_jobs(executor, job_module.run_safely, {job.name: job})[job.name]
+    assert failed.startswith("FileNotFoundError")
+    assert "Traceback" in job.log.read_text(encoding="utf-8")
     assert "hello" in "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "jobs").glob("*.out"))
 
 
@@ -682,8 +693,23 @@ class nnUNetTrainerOwn(nnUNetTrainer):
 """
 
 
+def in_this_process(program, arguments, log, environment=None, tick=lambda: None):
+    """A command of nnU-Net, by its own entry point: a process of its own would import everything again."""
+    (command,) = metadata.entry_points(group="console_scripts", name=program)
+    threads = torch.get_num_threads()
+    with (
+        log.open("a") as output,
+        contextlib.redirect_stdout(output),
+        mock.patch.object(sys, "argv", [program, *arguments]),
+        mock.patch.object(multiprocessing, "get_context", return_value=multiprocessing.dummy),
+    ):
+        command.load()()
+    torch.set_num_threads(threads)  # nnU-Net takes all cores
+    return 0
+
+
 @pytest.mark.slow
-def test_nnunet_trains_and_predicts_in_a_job_of_submitit_and_nothing_is_left_to_do_here(tmp_path, monkeypatch, capsys):
+def test_nnunet_trains_and_predicts_in_a_job_and_nothing_is_left_to_do_then(tmp_path, monkeypatch, capsys):
     make_raw_dataset(803, "CompareReal", cases=3, unlabeled=0, test=3)
     folder = plan(803, ["3d_fullres"])
     raw = Path(paths.nnUNet_raw) / folder.name
@@ -698,9 +724,8 @@ def test_nnunet_trains_and_predicts_in_a_job_of_submitit_and_nothing_is_left_to_
     line = ["compare", "-d", "803", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-np", "1", "--disable_tta"]
     line += ["-o", str(tmp_path / "out"), "--train", "-tr", "nnUNetTrainerOwn"]
     with monkeypatch.context() as patch:
-        make = run_module.make_executor
-        patch.setattr(run_module, "make_executor", lambda folder, settings: make(folder, settings, "local"))
-        assert main([*line, "--launcher", "slurm"]) == 0
+        patch.setattr(job_module, "execute", in_this_process)
+        assert main(line) == 0
     shown = capsys.readouterr().out
     evaluated = tmp_path / "out" / "predictions" / "nnUNetTrainerOwn_fold_0" / "evaluation.csv"
     with evaluated.open(newline="") as f:
@@ -711,7 +736,6 @@ def test_nnunet_trains_and_predicts_in_a_job_of_submitit_and_nothing_is_left_to_
     log = (tmp_path / "out" / "logs" / "nnUNetTrainerOwn_fold_0.log").read_text(encoding="utf-8")
     assert "$ nnUNetv2_train 803 3d_fullres 0 -tr nnUNetTrainerOwn" in log
     assert "Training done." in log
-    assert list((tmp_path / "out" / "jobs").glob("*.out"))
 
     monkeypatch.setattr(job_module, "execute", None)  # would raise
     before = evaluated.stat().st_mtime_ns
