@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.paths import nnUNet_raw, nnUNet_results
+from tiny import nnunet_command
 from tiny_trainers import every_trainer
 
 from nnunet_ssl.cli import main
@@ -45,12 +46,6 @@ def command(tmp_path, monkeypatch):
     return start
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
 def test_stock_commands_train_continue_and_predict(tiny_dataset, command, tmp_path):
     train = "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerMine -device cpu"
     model = Path(nnUNet_results) / "Dataset701_Tiny" / "nnUNetTrainerMine__nnUNetPlans__3d_fullres"
@@ -65,7 +60,7 @@ def test_stock_commands_train_continue_and_predict(tiny_dataset, command, tmp_pa
     assert not final.exists()
     done = torch.load(latest, weights_only=False)["current_epoch"]
 
-    output = finish(command(f"{train} --c"))
+    output = nnunet_command(*train.split(), "--c")
     assert "Mean Validation Dice" in output
     assert f"Epoch {done}" in output
     assert f"Epoch {done - 1} " not in output
@@ -76,7 +71,7 @@ def test_stock_commands_train_continue_and_predict(tiny_dataset, command, tmp_pa
 
     images = Path(nnUNet_raw) / "Dataset701_Tiny" / "imagesTs"
     predict = f"nnUNetv2_predict -d 701 -c 3d_fullres -f 0 -tr nnUNetTrainerMine -i {images} -o {tmp_path / 'out'}"
-    finish(command(f"{predict} -device cpu -npp 0 -nps 0 --disable_tta"))
+    nnunet_command(*predict.split(), "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta")
     assert (tmp_path / "out" / "test_000.nii.gz").is_file()
 
 

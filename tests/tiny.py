@@ -1,16 +1,20 @@
 """Tiny nnU-Net datasets for the tests: raw files, plans of toy networks, preprocessed labeled cases, in seconds."""
 
+import io
 import json
 import multiprocessing.dummy
 import os
+import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 from nnunetv2 import paths
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
@@ -189,3 +193,20 @@ def shrink(configuration: dict, *, patch_size: Sequence[int] | None, batch_size:
     }
     configuration["patch_size"] = list(patch_size or [16] * dimensions)
     configuration["batch_size"] = batch_size
+
+
+def nnunet_command(program: str, *arguments: str) -> str:
+    """Runs a console command by its own entry point, with threads for its workers; returns what it prints.
+
+    A process of its own would import everything again, for longer than it works.
+    """
+    (command,) = metadata.entry_points(group="console_scripts", name=program)
+    threads, output = torch.get_num_threads(), io.StringIO()
+    with (
+        redirect_stdout(output),
+        mock.patch.object(sys, "argv", [program, *arguments]),
+        mock.patch.object(multiprocessing, "get_context", return_value=multiprocessing.dummy),
+    ):
+        command.load()()
+    torch.set_num_threads(threads)  # nnU-Net takes all cores
+    return output.getvalue()

@@ -1,9 +1,7 @@
 """`nnunet-ssl compare`: jobs, what an interruption leaves, the table, the figure, and jobs on a cluster."""
 
-import contextlib
 import csv
 import json
-import multiprocessing.dummy
 import os
 import shutil
 import signal
@@ -11,19 +9,16 @@ import subprocess
 import sys
 import time
 import zipfile
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import torch
 from matplotlib import colors, image
 from nnunetv2 import paths
 from scipy import stats
-from tiny import make_raw_dataset, plan, write_image
+from tiny import make_raw_dataset, nnunet_command, plan, write_image
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.compare import job as job_module
@@ -694,17 +689,7 @@ class nnUNetTrainerOwn(nnUNetTrainer):
 
 
 def in_this_process(program, arguments, log, environment=None, tick=lambda: None):
-    """A command of nnU-Net, by its own entry point: a process of its own would import everything again."""
-    (command,) = metadata.entry_points(group="console_scripts", name=program)
-    threads = torch.get_num_threads()
-    with (
-        log.open("a") as output,
-        contextlib.redirect_stdout(output),
-        mock.patch.object(sys, "argv", [program, *arguments]),
-        mock.patch.object(multiprocessing, "get_context", return_value=multiprocessing.dummy),
-    ):
-        command.load()()
-    torch.set_num_threads(threads)  # nnU-Net takes all cores
+    log.write_text(log.read_text(encoding="utf-8") + nnunet_command(program, *arguments))
     return 0
 
 
