@@ -35,7 +35,7 @@ def _command(commands, name: str, run: Callable, description: str) -> argparse.A
 # nnU-Net is imported inside the functions: it takes seconds, and `--help` should not
 
 
-def _trainers_arguments(commands) -> None:
+def _add_trainers(commands) -> None:
     parser = _command(commands, "trainers", _trainers, "List the semi-supervised trainers.")
     parser.add_argument("--path", action="store_true", help="print the folder for nnU-Net's variable nnUNet_extTrainer")
 
@@ -53,7 +53,7 @@ def _trainers(options) -> None:
         print(f"{name:<{width}}{description}")
 
 
-def _convert_arguments(commands) -> None:
+def _add_convert(commands) -> None:
     parser = _command(
         commands, "convert", _convert, "Convert a public dataset to nnU-Net's format, with folds for label budgets."
     )
@@ -122,7 +122,7 @@ def _check_convert(parser: argparse.ArgumentParser, options) -> None:
                 parser.error(f"--{name.replace('_', '-')} is for {dataset}, not for {options.name}")
 
 
-def _split_arguments(commands) -> None:
+def _add_split(commands) -> None:
     parser = _command(
         commands, "split", _split, "Hide labels of a fully labeled dataset: folds with train, val and unlabeled."
     )
@@ -140,7 +140,7 @@ def _split(options) -> None:
     print(f"Wrote {len(options.labeled)} folds to {path}.")
 
 
-def _preprocess_arguments(commands) -> None:
+def _add_preprocess(commands) -> None:
     parser = _command(commands, "preprocess", _preprocess, "Preprocess unlabeled scans with the dataset's plans.")
     parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
     parser.add_argument("-c", dest="configurations", nargs="+", required=True, help="configurations, as 3d_fullres")
@@ -165,7 +165,7 @@ def _preprocess(options) -> None:
     )
 
 
-def _pseudo_label_arguments(commands) -> None:
+def _add_pseudo_label(commands) -> None:
     parser = _command(
         commands, "pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model."
     )
@@ -211,7 +211,7 @@ def _pseudo_label(options) -> None:
     )
 
 
-def _export_arguments(commands) -> None:
+def _add_export(commands) -> None:
     parser = _command(commands, "export", _export, "Write a trained model that plain nnU-Net predicts with.")
     parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
     parser.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
@@ -259,7 +259,7 @@ def _export(options) -> None:
         print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} {arguments} -i IN -o OUT")
 
 
-def _evaluate_arguments(commands) -> None:
+def _add_evaluate(commands) -> None:
     parser = _command(
         commands, "evaluate", _evaluate, "Dice, Jaccard and surface distances of a folder of predictions."
     )
@@ -295,7 +295,7 @@ def _evaluate(options) -> None:
     )
 
 
-def _preview_arguments(commands) -> None:
+def _add_preview(commands) -> None:
     parser = _command(
         commands, "preview", _preview, "Draw one training batch as the method sees it, with what it mixes."
     )
@@ -327,7 +327,7 @@ def _preview(options) -> None:
     print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer} does not mix patches."))
 
 
-def _compare_arguments(commands) -> None:
+def _add_compare(commands) -> None:
     parser = _command(
         commands, "compare", _compare, "Predict the test scans with several trainers: one table, a test and a figure."
     )
@@ -390,7 +390,7 @@ def _check_compare(parser: argparse.ArgumentParser, options) -> None:
         parser.error("--slurm is for --launcher slurm")
 
 
-def _doctor_arguments(commands) -> None:
+def _add_doctor(commands) -> None:
     parser = _command(
         commands, "doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases."
     )
@@ -406,7 +406,7 @@ def _doctor(options) -> int:
     return doctor(options.dataset, options.configurations, options.plans, options.fold)
 
 
-def _demo_arguments(commands) -> None:
+def _add_demo(commands) -> None:
     parser = _command(
         commands, "demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3 on a small synthetic dataset and compare."
     )
@@ -434,19 +434,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nnunet-ssl", description="Semi-supervised learning for nnU-Net v2.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (
-        _trainers_arguments,
-        _convert_arguments,
-        _split_arguments,
-        _preprocess_arguments,
-        _pseudo_label_arguments,
-        _export_arguments,
-        _evaluate_arguments,
-        _preview_arguments,
-        _compare_arguments,
-        _doctor_arguments,
-        _demo_arguments,
-    ):
+    data = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label)
+    models = (_add_export, _add_evaluate, _add_preview, _add_compare, _add_doctor, _add_demo)
+    for add in data + models:
         add(commands)
     return parser
 

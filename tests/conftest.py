@@ -24,13 +24,24 @@ def pytest_unconfigure():
     _ROOT.cleanup()
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Only tests that are marked `pictures` draw."""
-    if request.node.get_closest_marker("pictures") is None:
-        from tiny_trainers import without_pictures
+@pytest.fixture(scope="session", autouse=True)
+def drawing():
+    """nnU-Net's and our functions that draw; in tests they are called only where a test is marked `pictures`."""
+    from tiny_trainers import DRAWING
 
-        without_pictures(monkeypatch.setattr)
+    drawing = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, nothing in DRAWING:
+            drawing[owner, name] = getattr(owner, name)
+            patch.setattr(owner, name, nothing)
+        yield drawing
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, drawing, monkeypatch):
+    if request.node.get_closest_marker("pictures") is not None:
+        for (owner, name), function in drawing.items():
+            monkeypatch.setattr(owner, name, function)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from tiny_trainers import make_trainer, seed, without_pictures
+from tiny_trainers import make_trainer, seed
 from torch import nn
 
 from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, logits
@@ -396,10 +396,10 @@ if __name__ == "__main__":  # the workers, which import this file, need nothing 
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     import torch
-    from tiny_trainers import make_trainer, seed, without_pictures
+    from tiny_trainers import make_trainer, seed, draw_nothing
     from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
     torch.set_num_threads(1)
-    without_pictures()
+    draw_nothing()
     seed()
     trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), num_iterations_per_epoch=3, num_epochs=4)
     trainer.run_training()
@@ -441,7 +441,7 @@ def uninterrupted(tiny_dataset, tmp_path_factory):
     results = tmp_path_factory.mktemp("uninterrupted") / "results"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_ssl_seed", "0")
-        process = faults.start(tiny_dataset, results, inside=lambda trainer: without_pictures())
+        process = faults.start(tiny_dataset, results)
         assert faults.finish(process) == 0, process.log.read_text(encoding="utf-8")
     return losses_of(faults.fold_folder(tiny_dataset, results))
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
-from tiny_trainers import every_trainer, make_trainer, seed, without_pictures
+from tiny_trainers import draw_nothing, every_trainer, make_trainer, seed
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.blocks.networks import unwrap
@@ -33,7 +33,7 @@ def record_checkpoints():
 
 def rank_main(rank, world_size, dataset, output):
     torch.set_num_threads(1)
-    without_pictures()
+    draw_nothing()
     dist.init_process_group("gloo", init_method=f"file://{output}/rendezvous", rank=rank, world_size=world_size)
     record_checkpoints()
     stock.DDP = lambda network, device_ids: DistributedDataParallel(network)
