@@ -89,8 +89,9 @@ def convert(
         moved = []
         for number, patient in tqdm(patients.items(), desc=raw.name, unit="patient"):
             write_annotated(number, patient, folder)
-            if cine_frames != 0 and number in train and not write_cine(number, patient, cine_frames, folder):
-                moved.append(f"patient{number:03d}")
+            if cine_frames != 0 and number in train:
+                same = write_cine(number, patient, cine_frames, folder)
+                moved += [] if same else [f"patient{number:03d}"]
         generate_dataset_json(
             str(folder),
             channel_names={0: "MRI"},

@@ -1,4 +1,4 @@
-"""`nnunet-ssl <command>`: argument parsing only, each command's work is in the module of its name."""
+"""`nnunet-ssl <command>`: argument parsing only; the work of the commands is in nnunet_ssl/commands."""
 
 import argparse
 import sys
@@ -434,9 +434,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nnunet-ssl", description="Semi-supervised learning for nnU-Net v2.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
-    data = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label)
-    models = (_add_export, _add_evaluate, _add_preview, _add_compare, _add_doctor, _add_demo)
-    for add in data + models:
+    first = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_export)
+    for add in (*first, _add_evaluate, _add_preview, _add_compare, _add_doctor, _add_demo):
         add(commands)
     return parser
 

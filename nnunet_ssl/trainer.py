@@ -97,10 +97,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return pseudo_labels.as_probabilities(labels, channels, regions=regions, ignore_label=ignore_label)
 
     def half_batches(self, size: int) -> list[slice]:
-        """Slices of a batch whose samples may go through the networks one half after the other, to save memory.
+        """Slices of at most half a batch of that size: two graphs of one need no more memory than one of the batch.
 
-        The halves of a batch of `size` samples. One slice, the whole batch, where its samples depend on each other: in
-        batch normalisation, in a Dice over the samples of all GPUs, and where there is one sample only.
+        The whole batch where its samples depend on each other: in batch normalisation, or in a Dice over all GPUs. A
+        single sample is one slice.
         """
         joint = has_batch_norm(self.network) or (self.is_ddp and self.configuration_manager.batch_dice)
         step = size if joint else max(1, size // 2)
@@ -215,7 +215,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         sizes = (self.batch_size, configuration.patch_size, configuration.patch_size)
         validation = LabeledDataLoader(val, *sizes, transforms=val_transforms, **common)
-        return start_loaders(paired, validation, self.device, self.num_input_channels)
+        return start_loaders(paired, validation, self.device, self.num_input_channels, folder / "dataset.json")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         networks = list(vars(self.companions).values())
@@ -289,7 +289,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return {"loss": values.sum(), **by_name}
 
     def _to_device(self, batch: dict) -> Batch:
-        return to_device(batch, self.device)
+        return to_device(batch, self.device, self.weak_view)
 
     @contextmanager
     def _standing_in(self, network: nn.Module) -> Iterator[None]:

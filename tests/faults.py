@@ -9,7 +9,6 @@ import errno
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -283,6 +282,7 @@ def kill_while_workers_start(number: int) -> Callable:
 
 def no_space_left(epoch: int) -> Callable:
     """The disk is full from this epoch on: no file may become longer than half a checkpoint."""
+    import resource  # not on Windows
 
     def inside(trainer):
         original = trainer.on_epoch_end
@@ -323,6 +323,7 @@ def kill_a_worker(epoch: int) -> Callable:
             original()
             if trainer.current_epoch == epoch and isinstance(trainer.dataloader_train, NonDetMultiThreadedAugmenter):
                 os.kill(trainer.dataloader_train._processes[0].pid, signal.SIGKILL)
+                trainer.dataloader_train.abort_event.wait(PATIENCE)  # else the batches in store may last to the end
 
         trainer.on_epoch_end = on_epoch_end
 

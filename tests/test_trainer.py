@@ -481,15 +481,14 @@ def test_two_workers_serve_both_streams_and_end_with_the_training(tiny_dataset, 
     file = tmp_path / "script.py"
     file.write_text(SCRIPT.format(tests=str(Path(__file__).parent), dataset=str(tiny_dataset)))
     environment = {**os.environ, "nnUNet_results": str(tmp_path), "OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "2"}
-    process = subprocess.Popen(
-        [sys.executable, str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = subprocess.Popen([sys.executable, str(file)], env=environment, start_new_session=True, **pipes)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "finished" in output
     (folder,) = tmp_path.glob("Dataset701_Tiny/nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0")
     assert len(losses_of(folder)) == 5
-    assert children(process.pid) == []
+    assert faults.group(process.pid) == []
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")

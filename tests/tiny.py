@@ -207,6 +207,8 @@ def nnunet_command(program: str, *arguments: str) -> str:
         mock.patch.object(sys, "argv", [program, *arguments]),
         mock.patch.object(multiprocessing, "get_context", return_value=multiprocessing.dummy),
     ):
-        command.load()()
-    torch.set_num_threads(threads)  # nnU-Net takes all cores
+        try:
+            command.load()()
+        finally:
+            torch.set_num_threads(threads)  # nnU-Net takes all cores
     return output.getvalue()

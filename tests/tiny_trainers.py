@@ -30,7 +30,7 @@ def every_trainer(variants: bool = False) -> list[type[SemiSupervisedTrainer]]:
     return [c for c in found if variants or c.__base__ is SemiSupervisedTrainer]
 
 
-# what draws in a training, and what does not, because drawing takes ten times as long as the tiny trainings themselves
+# functions that draw, each with a stand-in that does not: drawing takes ten times as long as a tiny training
 DRAWING = [
     # the file has to be there: nnU-Net packs it with a model
     (MetaLogger, "plot_progress_png", lambda _, folder: Path(folder, "progress.png").touch()),

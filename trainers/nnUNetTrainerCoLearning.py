@@ -85,11 +85,10 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             del outputs, output, peer, terms
 
         truth, annotated = self.as_probabilities(batch.labels, soft.shape[1])
-        # one box per student, of which both take the first where it is shared
-        masks = [box_mask(size, batch.image.shape[2:], side=self.box_side, device=batch.image.device) for _ in students]
         for number, student in enumerate(students, start=1):
             # INDMIX: the box of an unlabeled scan in a labeled one for student 1, the reverse for student 2
-            mask = masks[0 if self.shared_mask else number - 1]
+            if number == 1 or not self.shared_mask:
+                mask = box_mask(size, batch.image.shape[2:], side=self.box_side, device=batch.image.device)
             reverse = number == 2
             image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=reverse)
             counts = annotated | (mask if reverse else ~mask)  # every voxel of the unlabeled scan does

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
 
-# colours that people with any colour vision tell apart (Okabe and Ito), and lines that differ without colour
+# two of the colours, and lines that differ without colour
 REFERENCE, PREDICTION = "#E69F00", "#56B4E9"
 
 

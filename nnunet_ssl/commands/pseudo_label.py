@@ -81,7 +81,8 @@ def pseudo_label(
         raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
     require_free_id(output_id)
     model = Path(get_output_folder(name, trainer, plans_identifier, configuration))
-    require_trained(model / f"fold_{fold}" / checkpoint, (name[7:10], configuration, fold), trainer, plans_identifier)
+    command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
+    require_trained(model / f"fold_{fold}" / checkpoint, command)
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
     labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
@@ -123,18 +124,14 @@ def require_free_id(number: int) -> None:
         raise FileExistsError(f"Dataset {number} exists already: {', '.join(datasets)}. Choose another -o.")
 
 
-def require_trained(file: Path, arguments: tuple, trainer: str, plans_identifier: str) -> None:
+def require_trained(file: Path, command: str) -> None:
     """Raises FileNotFoundError, which names the command that trains it, where a checkpoint is missing."""
     if not file.is_file():
-        number, configuration, fold = arguments
-        raise FileNotFoundError(
-            f"{file} is missing. Train the model first: "
-            f"nnUNetv2_train {number} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
-        )
+        raise FileNotFoundError(f"{file} is missing. Train the model first: {command}")
 
 
 def publish(unfinished: Path, folder: Path, dataset_json: dict, splits: list[dict[str, list[str]]]) -> None:
-    """Makes the hidden folder, in which all labels are, a dataset of nnU-Net, in one step.
+    """Makes the hidden folder, in which all labels are, a dataset of nnU-Net; the raw dataset appears in one step.
 
     Args:
         unfinished: the hidden folder.

@@ -1,4 +1,4 @@
-"""The unlabeled stream: which scans it has, how they are read and augmented, and the batch that a method sees."""
+"""The batch that a method sees, and how its labeled and unlabeled patches are read and augmented."""
 
 import os
 from dataclasses import dataclass
@@ -63,14 +63,14 @@ class Batch:
         return Batch(**{name: roll(value) for name, value in vars(self).items()})
 
 
-def to_device(item: dict, device: torch.device) -> Batch:
-    """An item of the loaders as a batch on the device."""
+def to_device(item: dict, device: torch.device, weak_view: bool) -> Batch:
+    """An item of the loaders as a batch on the device, with the weak view if it is asked for."""
 
     def move(x):
         return [move(scale) for scale in x] if isinstance(x, list) else x.to(device, non_blocking=True)
 
-    names = {"image": "data", "target": "target", "unlabeled": "unlabeled", "unlabeled_weak": "unlabeled_weak"}
-    return Batch(**{name: move(item[key]) for name, key in names.items() if key in item})
+    weak = move(item["unlabeled_weak"]) if weak_view else None
+    return Batch(move(item["data"]), move(item["target"]), move(item["unlabeled"]), weak)
 
 
 class UnlabeledDataset:
@@ -128,7 +128,7 @@ def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, Bas
         if not isinstance(getattr(transform, "transform", transform), ImageOnlyTransform):
             raise NotImplementedError(
                 f"The augmentation of unlabeled images does not support {transform}. Use nnU-Net's default training "
-                f"transforms, or extend split_transforms in nnunet_ssl/data.py."
+                f"transforms, or extend split_transforms in nnunet_ssl/data/loading.py."
             )
     return ComposeTransforms(geometry), ComposeTransforms(intensity), ComposeTransforms(masking)
 

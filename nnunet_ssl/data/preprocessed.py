@@ -14,9 +14,8 @@ from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.files import read_json, replacing
 
+PREDICTED_FOREGROUND = "nnUNet_ssl_predicted_foreground"  # environment variable: a dataset that pseudo-label has made
 FILES = ("_seg.b2nd", ".b2nd", ".pkl")  # of a preprocessed case; moved into place in this order, the last one marks it
-
-
 # What decides how a preprocessed image looks. Patch size, batch size and network may change without harm.
 SETTINGS = (
     "preprocessor_name",
@@ -124,9 +123,6 @@ def finished_cases(target: Path) -> set[str]:
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     cases = {name.removesuffix(".pkl") for name in names if name.endswith(".pkl")}
     return {case for case in cases if names.issuperset(case + suffix for suffix in FILES)}
-
-
-PREDICTED_FOREGROUND = "nnUNet_ssl_predicted_foreground"  # environment variable: a dataset that pseudo-label has made
 
 
 def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Sequence[str]) -> dict[str, Path]:

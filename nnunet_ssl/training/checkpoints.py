@@ -209,7 +209,8 @@ def check_networks(file: Path, checkpoint: dict, networks: dict[str, nn.Module],
 
     Args:
         file: of the checkpoint, for the message.
-        checkpoint: see `mismatched_networks`, as `networks`.
+        checkpoint: of ours, or nnU-Net's own.
+        networks: "student" and the companions, wrapped or not.
         training: names of its trainer, plans and configuration.
     """
     mismatched = mismatched_networks(checkpoint, networks)

@@ -1,5 +1,7 @@
 """How the loaders of a training are run: nnU-Net's workers, the first batches, and augmentation that repeats."""
 
+from pathlib import Path
+
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -9,7 +11,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 
-def start_loaders(training: DataLoader, validation: DataLoader, device: torch.device, channels: int):
+def start_loaders(training: DataLoader, validation: DataLoader, device: torch.device, channels: int, described: Path):
     """Starts nnU-Net's workers, as many as nnU-Net would, and draws the first batch of each loader.
 
     Args:
@@ -17,6 +19,7 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
         validation: nnU-Net's.
         device: of the training.
         channels: that the network expects.
+        described: the dataset.json that says so.
 
     Returns:
         Iterators over the batches of both.
@@ -33,7 +36,7 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
         if batch[name].shape[1] != channels:
             raise ValueError(
                 f"The preprocessed {kind} cases have {batch[name].shape[1]} channels, but dataset.json has {channels}. "
-                f"Correct dataset.json in nnUNet_preprocessed, or preprocess again."
+                f"Correct {described}, or preprocess again."
             )
     return train, val
 

@@ -75,10 +75,10 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
 
 
 def pseudo_labeler(networks: dict[str, nn.Module]) -> str:
-    """Whose labels the student learns from, of the networks that segment: a teacher, else a further student, or itself.
+    """Name of the network whose labels the student learns from: the first teacher, else a further student, else itself.
 
     Args:
-        networks: "student" and those that are called student... or teacher....
+        networks: those that segment: "student", and companions called student... or teacher....
     """
     companions = [name for name in networks if name != "student"]
     return min(companions, key=lambda name: not name.startswith("teacher"), default="student")

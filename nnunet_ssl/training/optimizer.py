@@ -15,8 +15,8 @@ def update_weights(
     """Averages the gradients over the GPUs, clips those of every network by itself, and makes the optimizer's step.
 
     Where a gradient is not finite, GradScaler leaves the step out (CUDA), and so do we on a CPU: weights and momentum
-    stay good, and teachers average good weights. On MPS to ask would make the host wait: there the weights are lost,
-    the teachers with them, and no checkpoint is written over the earlier ones.
+    stay good, and teachers average good weights. On MPS the step is always made, because to ask would make the host
+    wait: the weights are lost then, the teachers with them, and `checkpoints.save` keeps the earlier files.
 
     Args:
         optimizer: of all networks.
@@ -32,5 +32,5 @@ def update_weights(
     if grad_scaler is not None:
         grad_scaler.step(optimizer)
         grad_scaler.update()
-    elif norms[0].device.type != "cpu" or all(norm.isfinite() for norm in norms):
+    elif next(networks[0].parameters()).device.type != "cpu" or all(norm.isfinite() for norm in norms):
         optimizer.step()

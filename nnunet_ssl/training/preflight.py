@@ -55,7 +55,9 @@ def require_present_format(dataset_class: type, folder: str) -> None:
 
 
 def check_numbered_fold(splits: Path, fold: int, folder: Path) -> None:
-    """Raises ValueError where there is no such fold: for others nnU-Net would draw cases that stay unlabeled.
+    """Raises ValueError where there is no such fold, or where there are too few cases to draw folds.
+
+    For a fold that does not exist nnU-Net would draw a random split, with cases that are meant to stay unlabeled.
 
     Args:
         splits: splits_final.json, which may be missing.
@@ -144,7 +146,7 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         trainer: its class attributes, and those of its parents up to `base`, are the method's settings.
         base: the class that all methods share.
         known: see `unlabeled_dataset`.
-        unlabeled: the cases without.
+        unlabeled: the unlabeled cases.
     """
     classes = type(trainer).__mro__[: type(trainer).__mro__.index(base) + 1]
     settings = {

@@ -34,7 +34,7 @@ from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
-from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainerM3HL
 from nnunet_ssl.training.history import NAMES
 
 pytestmark = pytest.mark.slow
@@ -212,7 +212,7 @@ class TinyPrimus(AbstractPrimus):
         return Primus(inputs, eva_numheads=2, input_shape=tuple(configuration.patch_size), **kwargs)
 
 
-@every
+@pytest.mark.parametrize("trainer_class", [*every_trainer(), nnUNetTrainerM3])  # which compares no features
 def test_transformer(trainer_class, tiny_dataset):
     mixed = types.new_class(f"{trainer_class.__name__}Primus", (trainer_class, TinyPrimus))
     if trainer_class.__name__ in ("nnUNetTrainerM3HL", "nnUNetTrainerUAMT"):

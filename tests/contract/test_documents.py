@@ -15,10 +15,10 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def collected(request):
     """Every test there is, as folder/file::function[parameters]."""
-    names = [item.nodeid for item in request.session.items]
-    if {name.partition("::")[0] for name in names} != {
-        f"tests/{f.relative_to(TESTS)}" for f in TESTS.rglob("test_*.py")
-    }:
+    names, options = [item.nodeid for item in request.session.items], request.config.option
+    files = {f"tests/{file.relative_to(TESTS)}" for file in TESTS.rglob("test_*.py")}
+    chosen = options.keyword or options.markexpr or options.deselect
+    if chosen or {name.partition("::")[0] for name in names} != files:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=TESTS.parent)
         names = [line for line in done.stdout.splitlines() if "::" in line]

@@ -13,6 +13,7 @@ from tiny_trainers import every_trainer, make_trainer, seed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
@@ -142,7 +143,12 @@ def test_every_epoch_has_its_row(trainer_class, tiny_dataset):
     rows = read(trainer)
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert {"pseudo_foreground", "labeled_foreground", "agreement", "feature_distance"} <= rows[0].keys()
-    assert ("ramp" in rows[0]) == (trainer_class.rampup > 0)
+    if trainer_class.rampup > 0:
+        done = [2 * epoch / (trainer_class.rampup * 6) for epoch in (1, 2, 3)]  # of the ramp-up, 2 steps an epoch
+        expected = [math.exp(-5 * (1 - min(part, 1)) ** 2) for part in done]
+        assert [float(row["ramp"]) for row in rows] == pytest.approx(expected)
+    else:
+        assert "ramp" not in rows[0]
     for row in rows:
         assert 0 < float(row["labeled_foreground"]) < 1
         assert 0 <= float(row["pseudo_foreground"]) <= 1
@@ -152,12 +158,14 @@ def test_every_epoch_has_its_row(trainer_class, tiny_dataset):
 
 
 @pytest.mark.pictures
-def test_a_training_has_its_picture(tiny_dataset):
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCoLearning])
+def test_a_training_has_its_pictures(trainer_class, tiny_dataset):
     seed()
-    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset)
+    trainer = make_trainer(trainer_class, tiny_dataset)
     trainer.run_training()
     with Image.open(Path(trainer.output_folder) / "semi_supervised.png") as picture:
         assert picture.size == (1600, 750)
+    assert Path(trainer.output_folder, "progress.png").stat().st_size > 10_000
 
 
 def test_the_step_has_no_observations_but_the_last_of_an_epoch(tiny_dataset, monkeypatch):
