@@ -39,6 +39,7 @@ from nnunet_ssl.training.history import NAMES
 
 pytestmark = pytest.mark.slow
 every = pytest.mark.parametrize("trainer_class", every_trainer())
+one_with_and_one_without_teacher = pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCPS])
 
 
 @pytest.fixture(scope="session")
@@ -288,7 +289,7 @@ def test_weights_and_biases(trainer_class, tiny_dataset, monkeypatch):
 # ---- commands ----
 
 
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCPS])  # with a teacher, and without
+@one_with_and_one_without_teacher
 def test_options_of_the_training_command(trainer_class, tiny_dataset, in_process):
     name = trainer_class.__name__
     train = functools.partial(run_training, "701", "3d_fullres", trainer_class_name=name, device=torch.device("cpu"))
@@ -334,7 +335,7 @@ def test_pretrained_weights_reach_the_teacher(trainer_class, tiny_dataset, in_pr
         assert all(torch.equal(weights[key], trainer.network.state_dict()[key]) for key in weights)
 
 
-@every
+@one_with_and_one_without_teacher
 def test_sharing_as_zip(trainer_class, tiny_dataset, in_process, tmp_path, monkeypatch):
     name = trainer_class.__name__
     run_training("701", "3d_fullres", "0", name, device=torch.device("cpu"))
