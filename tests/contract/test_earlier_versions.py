@@ -52,6 +52,8 @@ def test_a_model_predicts(tmp_path):
 def test_preprocessed_scans_are_used(tmp_path):
     plans = PlansManager(str(WRITTEN / "nnUNetPlans.json"))
     settings = preprocessing_settings(plans, plans.get_configuration("2d"))
+    written = json.loads((WRITTEN / "nnUNetPlans_2d_unlabeled.json").read_text(encoding="utf-8"))
+    assert written.keys() == {*settings, "transductive"}
     target = tmp_path / "nnUNetPlans_2d_unlabeled"
     target.mkdir()
     for suffix in FILES:
