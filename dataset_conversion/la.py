@@ -16,6 +16,7 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from tqdm import tqdm
 
 from nnunet_ssl.data.splits import check_splits, save_splits
+from nnunet_ssl.dataset_conversion.h5 import read_h5
 from nnunet_ssl.dataset_conversion.staging import staging, target_folder
 from nnunet_ssl.system.files import read_text
 
@@ -199,16 +200,8 @@ def _read_nrrd(folder: Path) -> tuple[sitk.Image, sitk.Image, Path]:
 
 
 def _read_h5(folder: Path) -> tuple[sitk.Image, sitk.Image, Path]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"Reading {folder / H5_FILE} needs h5py: pip install 'nnunet-ssl[la]'") from error
     file = folder / H5_FILE
-    with h5py.File(file) as content:
-        absent = {"image", "label"} - set(content)
-        if absent:
-            raise ValueError(f"{file} has no {' and no '.join(sorted(absent))}; it holds: {', '.join(content)}.")
-        arrays = [content["image"][()], content["label"][()]]
+    arrays = read_h5(file)
     images = []
     for array in arrays:
         image = sitk.GetImageFromArray(array.transpose())  # stored as (x, y, z); SimpleITK takes (z, y, x)

@@ -65,7 +65,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case or patient")
     parser.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the dataset that is written")
     parser.add_argument("--train-list", type=Path, help="la: file with one training case per line; default: published")
-    parser.add_argument("--test-list", type=Path, help="la: file with one test case per line; default: published")
+    parser.add_argument("--test-list", type=Path, help="file with one test case per line; default: published")
     parser.add_argument(
         "--labeled",
         type=int,
@@ -87,6 +87,7 @@ def _add_convert(commands) -> None:
         metavar="all|N",
         help="acdc: write N (or all) frames without annotation of every training patient to imagesUn (default: 0)",
     )
+    parser.add_argument("--slice-spacing", type=float, help="acdc: mm between slices of h5 files (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its splits")
     parser.set_defaults(check=_check_convert)
 
@@ -99,7 +100,10 @@ def _convert(options) -> None:
         from nnunet_ssl.dataset_conversion import acdc
 
         cine_frames = None if options.cine_frames == "all" else options.cine_frames
-        acdc.convert(options.input, options.dataset_id, cine_frames=cine_frames, **shared)
+        if options.slice_spacing is not None:
+            shared["slice_spacing"] = options.slice_spacing
+        test_list = options.test_list
+        acdc.convert(options.input, options.dataset_id, cine_frames=cine_frames, test_list=test_list, **shared)
         return
     from nnunet_ssl.dataset_conversion import la
 
@@ -115,7 +119,7 @@ def _convert(options) -> None:
 
 def _check_convert(parser: argparse.ArgumentParser, options) -> None:
     """Ends with the usage where an option is of the other dataset."""
-    own = {"la": ("train_list", "test_list", "crop_margin"), "acdc": ("cine_frames",)}
+    own = {"la": ("train_list", "crop_margin"), "acdc": ("cine_frames", "slice_spacing")}
     for dataset, names in own.items():
         for name in names:
             if dataset != options.name and getattr(options, name) not in (None, 0):

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -187,7 +188,8 @@ def test_published_folds_have_the_published_numbers_of_slices():
     root = os.environ.get("ACDC_ROOT")
     if root is None:
         pytest.skip("needs the real data: set ACDC_ROOT to the challenge's folder")
-    patients = acdc._find_patients(acdc._root(Path(root)), allow_missing=False)
+    folder, _ = acdc._root(Path(root))
+    patients = acdc._find_patients(folder, False, [*TRAIN_PATIENTS, *VAL_PATIENTS], TEST_PATIENTS, False)
     slices = [
         sum(sitk.ReadImage(image).GetSize()[2] for image, _ in patients[number].frames.values())
         for number in TRAIN_PATIENTS[:7]
@@ -279,6 +281,127 @@ def test_options_of_the_other_dataset_are_refused(options, message, tmp_path, ca
     with pytest.raises(SystemExit):
         main(f"convert {options} -i {tmp_path} -d 975".split())
     assert message in capsys.readouterr().err
+
+
+# ---- the community's h5 files ----
+
+H5_SLICES = 11  # more than 9: by name, slice 10 comes before slice 2
+
+
+def write_h5(file, image, label):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(file, "w") as content:
+        content["image"], content["label"] = image, label
+
+
+@pytest.fixture
+def h5(tmp_path):
+    """Slices of three training patients, volumes of a validation patient; the voxels tell case and slice."""
+    for number in (99, 38, 50):
+        for frame in (1, 2):
+            for index in range(1, H5_SLICES + 1):
+                image = np.full((6, 5), number + frame / 4 + index / 64, np.float16)
+                label = np.full((6, 5), index % 4, np.uint8)
+                write_h5(tmp_path / f"data/slices/patient{number:03d}_frame0{frame}_slice_{index}.h5", image, label)
+    for frame in (1, 2):
+        volume = np.arange(90, dtype=np.float16).reshape(3, 6, 5)
+        write_h5(tmp_path / f"data/patient028_frame0{frame}.h5", volume, (volume % 4).astype(np.uint8))
+    return tmp_path
+
+
+def convert_h5(folder, number, *options):
+    line = ["convert", "acdc", "-i", str(folder), "-d", str(number), "--labeled", "1", "--allow-missing", *options]
+    return main(line), Path(paths.nnUNet_raw) / f"Dataset{number}_ACDC"
+
+
+def test_h5_slices_are_stacked_by_their_numbers(h5, capsys):
+    code, raw = convert_h5(h5, 976, "--slice-spacing", "8")
+    assert code == 0
+    image = sitk.ReadImage(str(raw / "imagesTr" / "patient038_frame02_0000.nii.gz"))
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(raw / "labelsTr" / "patient038_frame02.nii.gz")))
+    expected = np.float16(38 + 2 / 4 + np.arange(1, H5_SLICES + 1) / 64)
+    assert np.array_equal(sitk.GetArrayViewFromImage(image), np.tile(expected[:, None, None], (1, 6, 5)))
+    assert np.array_equal(label[:, 0, 0], np.arange(1, H5_SLICES + 1) % 4)
+    assert image.GetSpacing() == (1, 1, 8)
+    assert names(raw / "imagesTr") == {f"patient{n:03d}_frame0{f}" for n in (99, 38, 50, 28) for f in (1, 2)}
+    assert not (raw / "imagesTs").exists()
+    assert "spacing 1 x 1 x 8 mm" in json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["description"]
+    shown = capsys.readouterr().out
+    assert "Reading the h5 files" in shown
+    assert "There is no test patient: imagesTs is left out" in shown
+    folds = json.loads((Path(paths.nnUNet_preprocessed) / raw.name / "splits_final.json").read_text(encoding="utf-8"))
+    assert folds[0]["train"] == ["patient099_frame01", "patient099_frame02"]
+    assert folds[0]["val"] == ["patient028_frame01", "patient028_frame02"]
+
+
+def test_a_test_list_names_the_test_cases_and_the_last_training_patients_become_validation():
+    file = Path(paths.nnUNet_raw) / "list.txt"
+    file.write_text("".join(f"patient{n:03d}_frame{f:02d}\n" for n in VAL_PATIENTS for f in (1, 2)))
+    train, val, test = acdc.choose_patients(file)
+    assert (train, val, test) == (TRAIN_PATIENTS[:60], TRAIN_PATIENTS[60:], VAL_PATIENTS)
+    file.write_text("patient099_frame01\n99\n")
+    with pytest.raises(ValueError, match=r"list.txt: every line must be a case as patient001_frame01, .* '99'"):
+        acdc.choose_patients(file)
+
+
+def harm_h5(folder, kind):
+    slices = folder / "data/slices"
+    file = slices / "patient038_frame01_slice_3.h5"
+    if kind == "missing":
+        file.unlink()
+    elif kind == "number":
+        file.rename(slices / "patient038_frame01_slice_x.h5")
+    elif kind == "size":
+        write_h5(file, np.zeros((6, 4), np.float16), np.zeros((6, 4), np.uint8))
+    elif kind == "label size":
+        write_h5(file, np.zeros((6, 5), np.float16), np.zeros((6, 4), np.uint8))
+    elif kind == "label":
+        write_h5(file, np.zeros((6, 5), np.float16), np.full((6, 5), 7, np.uint8))
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:500])
+    elif kind == "keys":
+        with h5py.File(file, "a") as content:
+            del content["label"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "patient038_frame01_slice_11.h5 is there, but"),
+        ("number", "patient038_frame01_slice_x.h5: expected the name patientXXX_frameYY.h5"),
+        ("size", "patient038_frame01_slice_3.h5: shape (6, 4), but patient038_frame01_slice_1.h5 has (6, 5)"),
+        ("label size", "patient038_frame01_slice_3.h5: the image has the shape (6, 5), its label (6, 4)"),
+        ("label", "patient038_frame01_slice_3.h5 has the labels [7]"),
+        ("truncated", "patient038_frame01_slice_3.h5 is cut off or no h5 file"),
+        ("keys", "patient038_frame01_slice_3.h5 has no label; it holds: image"),
+        ("cine", "--cine-frames is for the challenge's files"),
+    ],
+)
+def test_bad_h5_files_are_named_and_leave_nothing_behind(kind, message, h5, capsys):
+    harm_h5(h5, kind)
+    code, raw = convert_h5(h5, 977, *["--cine-frames", "1"] * (kind == "cine"))
+    assert code == 1
+    assert message in capsys.readouterr().err
+    assert not raw.exists()
+    assert not (Path(paths.nnUNet_preprocessed) / raw.name).exists()
+    assert not list(raw.parent.glob(".convert*"))
+
+
+def test_the_communitys_folder_has_the_numbers_of_slices_of_the_literature(capsys):
+    default = Path(__file__).parents[3] / "shared" / "data" / "ACDC_half"
+    root = Path(os.environ.get("ACDC_H5_ROOT", default))
+    if not root.is_dir():
+        pytest.skip("needs the community's h5 files: set ACDC_H5_ROOT to their folder")
+    folder, h5 = acdc._root(root)
+    assert h5
+    patients = acdc._find_h5(folder)
+    slices = [sum(len(files) for files in patients[number].frames.values()) for number in TRAIN_PATIENTS]
+    assert [sum(slices[:number]) for number in (3, 7, 14, 70)] == [68, 136, 256, 1312]
+    files = patients[TRAIN_PATIENTS[0]].frames[1]
+    label = sitk.GetArrayFromImage(acdc.read_h5_case(files, 5.0)[1])
+    for index, file in enumerate(files):
+        with h5py.File(file) as content:
+            assert np.array_equal(label[index], content["label"][()])
 
 
 def test_info_cfg_with_spaces_and_without_the_last_newline(tmp_path):
