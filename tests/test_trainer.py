@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -508,6 +509,21 @@ def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
         process.kill()
     assert "KeyboardInterrupt" in process.log.read_text(encoding="utf-8")
     assert faults.group(process.pid) == []
+
+
+def test_an_error_ends_the_workers_though_the_process_goes_on(tiny_dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer, workers = make_trainer(nnUNetTrainerM3HL, tiny_dataset), []
+
+    def broken(batch):
+        workers.extend(multiprocessing.active_children())
+        raise RuntimeError("broken")
+
+    trainer.train_step = broken
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.run_training()
+    assert len(workers) >= 3  # two for training, one for validation
+    assert not [worker for worker in workers if worker.is_alive()]
 
 
 def test_the_readmes_method_is_the_trainer_as_it_is():
