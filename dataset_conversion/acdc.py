@@ -32,6 +32,10 @@ LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricl
 
 
 VAL_WITHOUT_LIST = 10  # training patients that become validation where the test list takes those of the published list
+MOVED = (
+    "WARNING: in {number} patients the 4D file's annotated frames differ from the 3D files, so the frame numbers of "
+    "imagesUn may be shifted: {patients}."
+)
 H5_NAME = re.compile(r"patient(\d{3})_frame(\d\d)(?:_slice_(\d+))?\.h5")
 SLICE_SPACING = 5.0  # mm, of the community's h5 files, which have none
 
@@ -93,12 +97,10 @@ def convert(
     root, h5 = _root(source)
     train, val, test = choose_patients(test_list)
     patients = _find_patients(root, h5, [*train, *val], test, allow_missing)
-    cases = {number: case_names(number, patient) for number, patient in patients.items()}
-    folds = make_folds(cases, labeled, train, val)
+    folds = make_folds({n: case_names(n, patient) for n, patient in patients.items()}, labeled, train, val)
     check_splits(splits, folds, overwrite)
-    train = [number for number in train if number in patients]
     if cine_frames != 0:
-        require_cine({number: patients[number] for number in train}, h5)
+        require_cine({number: patients[number] for number in train if number in patients}, h5)
     if h5:
         print(f"Reading the h5 files in {root}; their spacing is not known and is set to 1 x 1 x {slice_spacing:g} mm.")
     tested = bool(set(test) & patients.keys())
@@ -106,11 +108,7 @@ def convert(
         print("There is no test patient: imagesTs is left out. --test-list names other patients as test cases.")
 
     with staging(raw) as folder:
-        for suffix in ("Tr", *["Ts"] * tested):
-            (folder / f"images{suffix}").mkdir()
-            (folder / f"labels{suffix}").mkdir()
-        if cine_frames != 0:
-            (folder / "imagesUn").mkdir()
+        make_folders(folder, tested, cine_frames != 0)
         moved = []
         for number, patient in tqdm(patients.items(), desc=raw.name, unit="patient"):
             write_annotated(number, patient, folder, "Ts" if number in test else "Tr", slice_spacing)
@@ -131,12 +129,18 @@ def convert(
             converted_by="nnunet-ssl",
         )
     if moved:
-        print(
-            f"WARNING: in {len(moved)} patients the 4D file's annotated frames differ from the 3D files, so the frame "
-            f"numbers of imagesUn may be shifted: {', '.join(moved[:5])}."
-        )
+        print(MOVED.format(number=len(moved), patients=", ".join(moved[:5])))
     save_splits(splits, folds, overwrite)
     return raw
+
+
+def make_folders(raw: Path, tested: bool, cine: bool) -> None:
+    """Makes the folders of the annotated frames, of those of test patients, and of cine frames."""
+    for suffix in ("Tr", *["Ts"] * tested):
+        (raw / f"images{suffix}").mkdir()
+        (raw / f"labels{suffix}").mkdir()
+    if cine:
+        (raw / "imagesUn").mkdir()
 
 
 def require_cine(patients: dict[int, Patient], h5: bool) -> None:

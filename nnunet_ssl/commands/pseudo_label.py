@@ -110,8 +110,7 @@ def pseudo_label(
     own_entries = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
     splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}] if validation else []
     publish(unfinished, folder, dataset_json | own_entries, splits)
-    # the model that is trained on it shall differ in its labels only: the same plans
-    move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)
+    move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)  # only labels shall differ
     return folder
 
 
