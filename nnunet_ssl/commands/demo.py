@@ -348,27 +348,30 @@ def add_configuration(file: Path) -> None:
         temporary.write_text(json.dumps(plans, indent=4))
 
 
-def small_configuration(plans: dict, patch: Sequence[int], features: Sequence[int], batch_size: int) -> dict:
-    """A configuration for plans, on the data of their 3d_fullres, with a network of the planned kind but smaller.
+def small_configuration(
+    plans: dict, patch: Sequence[int], features: Sequence[int], batch_size: int, base: str = "3d_fullres"
+) -> dict:
+    """A configuration for plans with a network of the planned kind but smaller.
 
     Args:
         plans: content of nnUNetPlans.json, left as it is.
-        patch: voxels.
+        patch: voxels, of as many axes as the configuration's.
         features: of the network, per stage; every stage halves every axis and has two convolutions.
         batch_size: patches per step.
+        base: the planned configuration whose data it takes.
     """
-    architecture = deepcopy(plans["configurations"]["3d_fullres"]["architecture"])
-    stages = len(features)
+    architecture = deepcopy(plans["configurations"][base]["architecture"])
+    stages, axes = len(features), len(patch)
     architecture["arch_kwargs"].update(
         n_stages=stages,
         features_per_stage=list(features),
-        kernel_sizes=[[3, 3, 3]] * stages,
-        strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        kernel_sizes=[[3] * axes] * stages,
+        strides=[[1] * axes] + [[2] * axes] * (stages - 1),
         n_conv_per_stage=[2] * stages,
         n_conv_per_stage_decoder=[2] * (stages - 1),
     )
     return {
-        "inherits_from": "3d_fullres",
+        "inherits_from": base,
         "patch_size": list(patch),
         "batch_size": batch_size,
         "architecture": architecture,

@@ -12,10 +12,11 @@ import SimpleITK as sitk
 import torch
 from nnunetv2 import paths
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from tiny import plan
+from tiny import nnunet_command, plan
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.commands.demo import small_configuration
 from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 from nnunet_ssl.dataset_conversion import acdc
 from nnunet_ssl.dataset_conversion.acdc import (
@@ -387,12 +388,15 @@ def test_bad_h5_files_are_named_and_leave_nothing_behind(kind, message, h5, caps
     assert not list(raw.parent.glob(".convert*"))
 
 
-def test_the_communitys_folder_has_the_numbers_of_slices_of_the_literature(capsys):
-    default = Path(__file__).parents[3] / "shared" / "data" / "ACDC_half"
-    root = Path(os.environ.get("ACDC_H5_ROOT", default))
-    if not root.is_dir():
+def real_h5_folder():
+    folder = Path(os.environ.get("ACDC_H5_ROOT", Path(__file__).parents[3] / "shared" / "data" / "ACDC_half"))
+    if not folder.is_dir():
         pytest.skip("needs the community's h5 files: set ACDC_H5_ROOT to their folder")
-    folder, h5 = acdc._root(root)
+    return folder
+
+
+def test_the_communitys_folder_has_the_numbers_of_slices_of_the_literature(capsys):
+    folder, h5 = acdc._root(real_h5_folder())
     assert h5
     patients = acdc._find_h5(folder)
     slices = [sum(len(files) for files in patients[number].frames.values()) for number in TRAIN_PATIENTS]
@@ -425,3 +429,49 @@ def test_a_converted_dataset_trains_in_2d_and_3d_and_predicts(dataset):
         labels = predictor.predict_single_npy_array(image, {"spacing": [5.0, 1.25, 1.5]})
         assert labels.shape == SHAPE
         assert set(np.unique(labels)) <= {0, 1, 2, 3}
+
+
+# what a user would have in a folder on nnUNet_extTrainer
+TWO_STEPS = """
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+
+
+class nnUNetTrainerTwoSteps(nnUNetTrainerM3HL):
+    num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch = 2, 1, 1
+"""
+
+
+def test_stock_commands_plan_train_and_predict_the_communitys_folder(tmp_path, monkeypatch):
+    source = real_h5_folder()
+    chosen = [*TRAIN_PATIENTS[:3], *VAL_PATIENTS[:2]]
+    for file in source.glob("data/**/patient*.h5"):
+        if int(file.name[7:10]) in chosen:
+            link = tmp_path / "community" / file.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    (tmp_path / "test.list").write_text("".join(f"patient{VAL_PATIENTS[0]:03d}_frame0{f}\n" for f in (1, 2)))
+    code, raw = convert_h5(tmp_path / "community", 979, "--test-list", str(tmp_path / "test.list"))
+    assert code == 0
+
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "nnUNetTrainerTwoSteps.py").write_text(TWO_STEPS)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+    plan = "nnUNetv2_plan_and_preprocess -d 979 -c 2d"
+    model = "-tr nnUNetTrainerTwoSteps -device cpu"
+    predict = (
+        f"nnUNetv2_predict -d 979 -c 2d_small -f 0 {model} -i {raw / 'imagesTs'} -o {tmp_path / 'out'} --disable_tta"
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner takes that many threads
+        nnunet_command(*f"{plan} -npfp 1 -np 1".split())
+    file = Path(paths.nnUNet_preprocessed) / raw.name / "nnUNetPlans.json"
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    plans["configurations"]["2d_small"] = small_configuration(plans, (128, 128), (4, 8), 2, base="2d")
+    file.write_text(json.dumps(plans), encoding="utf-8")
+    output = nnunet_command(*f"nnUNetv2_train 979 2d_small 0 {model}".split())
+    assert "4 unlabeled" in output
+    nnunet_command(*f"{predict} -npp 0 -nps 0".split())
+    for label in sorted((raw / "labelsTs").iterdir()):
+        prediction = sitk.ReadImage(str(tmp_path / "out" / label.name))
+        assert prediction.GetSize() == sitk.ReadImage(str(label)).GetSize()
+        assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2, 3}

@@ -1,0 +1,179 @@
+"""How much of the gap that missing labels leave a method closes: a table per task of methods.py, and a picture of all.
+
+    python benchmarks/ruler.py [--on development]
+
+*Gap closed* is (method - supervised) / (reference - supervised), of the means over the seeds: `supervised` takes as
+many steps as the method, on the labeled scans alone; the reference is `supervised` with all labels. The interval holds
+95 % of the bootstrap samples, in each of which patients and seeds are drawn anew; the method and `supervised` are
+compared on the same patients and seeds. With one seed only the patients are drawn. Seeds are few: the interval is too
+narrow rather than too wide. The test against self-training is Wilcoxon's signed-rank test of the patients' means over
+the seeds that both have. Two frames of one patient's heart are not independent, so ACDC's are averaged first.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from methods import RESULTS, RUN, SECONDS, SELF_TRAINING, SUPERVISED, TASKS, mean_of_present, read_rows, table_file
+from scipy import stats
+
+from nnunet_ssl.system.colours import COLOURS
+from nnunet_ssl.system.files import replacing
+
+REFERENCE = {"LA-8": "LA-60", "LA-4": "LA-60", "ACDC-7": "ACDC-60", "ACDC-3": "ACDC-60"}
+PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
+RESAMPLES = 5000
+
+
+class Scores:
+    """What one row of a task reached: per seed and patient Dice in percent, HD95 and ASD, and the cost of the path."""
+
+    def __init__(self, rows: list[list[str]]):
+        values, seconds = {}, {}
+        for row in rows:
+            seed, case = int(row[1]), row[len(RUN) + len(SECONDS)]
+            # both frames of a patient
+            values.setdefault((seed, case.split("_frame")[0]), []).append([float(v) for v in row[-3:]])
+            seconds[seed] = [float(v) for v in row[len(RUN) : len(RUN) + len(SECONDS)]]
+        self.seeds = sorted(seconds)
+        self.patients = sorted({patient for _, patient in values})
+        # (seeds, patients, metrics); what was not found has no distance
+        self.metrics = np.array(
+            [[[*map(mean_of_present, zip(*values[s, p], strict=True))] for p in self.patients] for s in self.seeds]
+        )
+        self.seconds = np.mean([seconds[seed] for seed in self.seeds], axis=0)
+
+    def dice(self, seeds: list[int]) -> np.ndarray:
+        """(seeds, patients), in percent."""
+        return self.metrics[[self.seeds.index(seed) for seed in seeds], :, 0]
+
+
+def read(task: str, on: str) -> dict[str, Scores]:
+    rows = read_rows(task, on)
+    return {name: Scores([row for row in rows if row[0] == name]) for name in dict.fromkeys(row[0] for row in rows)}
+
+
+def gap_closed(method: np.ndarray, supervised: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """The part of the gap that a method closes, and its 95 % bootstrap interval.
+
+    Args:
+        method: Dice, (seeds, patients).
+        supervised: the same seeds and patients.
+        reference: the same patients, any number of seeds.
+    """
+
+    def closed(patients, seeds, reference_seeds):
+        lower, upper = supervised[np.ix_(seeds, patients)].mean(), reference[np.ix_(reference_seeds, patients)].mean()
+        return (method[np.ix_(seeds, patients)].mean() - lower) / (upper - lower)
+
+    drawn = [np.arange(n) for n in (method.shape[1], len(method), len(reference))]
+    several = [len(indices) > 1 for indices in drawn]  # scipy draws from two or more
+
+    def statistic(*samples):
+        samples = iter(samples)
+        return closed(*(next(samples) if s else indices for s, indices in zip(several, drawn, strict=True)))
+
+    interval = stats.bootstrap(
+        [indices for s, indices in zip(several, drawn, strict=True) if s],
+        statistic,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    return closed(*drawn), interval.low, interval.high
+
+
+def against(method: Scores, other: Scores) -> tuple[float, float]:
+    """Difference of the means over the seeds that both have, and the p of Wilcoxon's test over patients."""
+    seeds = [seed for seed in method.seeds if seed in other.seeds]
+    if not seeds:
+        return np.nan, np.nan
+    difference = (method.dice(seeds) - other.dice(seeds)).mean(0)
+    return difference.mean(), stats.wilcoxon(difference).pvalue
+
+
+def table(task: str, on: str) -> str:
+    rows, unit = read(task, on), TASKS[task].unit
+    reference = read(REFERENCE[task], on).get(SUPERVISED)
+    supervised, self_training = rows.get(SUPERVISED), rows.get(SELF_TRAINING)
+    phase = np.mean([scores.seconds[0] for scores in rows.values() if scores.seconds[0]] or np.nan)
+    any_row = next(iter(rows.values()))
+    lines = [
+        f"{task}, {len(any_row.patients)} {on} patients. Dice in percent; HD95 and ASD in {unit}; cost in supervised "
+        f"trainings of {TASKS[task].steps:,} steps. `benchmarks/ruler.py` says what the columns are.",
+        "",
+        "| second phase | cost | Dice | of each seed | HD95 | ASD | gap closed (95 %) | against self-training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    shown = sorted(rows.items(), key=lambda row: row[1].metrics[..., 0].mean())
+    for name, scores in [*shown, *([("all labels", reference)] if reference else [])]:
+        means = np.nanmean(scores.metrics, axis=(0, 1))
+        seed_means = zip(scores.seeds, scores.dice(scores.seeds).mean(1), strict=True)
+        each = ", ".join(f"{mean:.2f} ({seed})" for seed, mean in seed_means)
+        closed, compared = "", ""
+        if supervised and reference and name not in (SUPERVISED, "all labels"):
+            seeds = [seed for seed in scores.seeds if seed in supervised.seeds]
+            if seeds:
+                part, low, high = gap_closed(
+                    scores.dice(seeds), supervised.dice(seeds), reference.dice(reference.seeds)
+                )
+                closed = f"{100 * part:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+        if self_training and name not in (SELF_TRAINING, "all labels"):
+            difference, p = against(scores, self_training)
+            compared = "" if np.isnan(difference) else f"{difference:+.2f}, p = {p:.3f}"
+        figures = " | ".join(f"{value:.2f}" for value in means[1:])
+        cost = scores.seconds.sum() / phase
+        lines.append(f"| {name} | {cost:.2f} | {means[0]:.2f} | {each} | {figures} | {closed} | {compared} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(tasks: list[str], on: str, file: Path) -> None:
+    """A panel per task: a point per row and seed, between the supervised line and that of all labels."""
+    results = {task: read(task, on) for task in tasks}
+    names = list(dict.fromkeys(name for rows in results.values() for name in rows))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(3.6 * len(tasks), 1.6 + 0.45 * len(names)), sharey=True, squeeze=False
+    )
+    for axis, (task, rows) in zip(axes[0], results.items(), strict=True):
+        reference = read(REFERENCE[task], on).get(SUPERVISED)
+        for line, label, colour in ((rows.get(SUPERVISED), "supervised", "0.4"), (reference, "all labels", COLOURS[2])):
+            if line is not None:
+                axis.axvline(line.metrics[..., 0].mean(), color=colour, zorder=0, label=label)
+        for name, scores in rows.items():
+            dice, height = scores.metrics[..., 0].mean(1), [names.index(name)] * len(scores.seeds)
+            axis.plot(dice, height, "o", color=COLOURS[0], alpha=0.6, markersize=6, markeredgewidth=0)
+            axis.plot(dice.mean(), height[0], "|", color="black", markersize=16, markeredgewidth=2)
+        labeled = task.split("-")[1]
+        people = "patients" if task.startswith("ACDC") else "scans"
+        axis.set_title(f"{task}: {labeled} labeled {people}", fontsize=11)
+        axis.set_xlabel(f"Dice, {on} scans (%)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(len(names) - 0.5, -0.7)
+    axes[0][0].set_yticks(range(len(names)), [name.removeprefix("nnUNetTrainer") for name in names])
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--on", choices=("development", "test"), default="test")
+    args = parser.parse_args()
+    tasks = [task for task in REFERENCE if read(task, args.on)]
+    for task in tasks:
+        text = table(task, args.on)
+        with replacing(table_file(task, args.on).with_suffix(".md")) as temporary:
+            temporary.write_text(text)
+        print(text)
+    picture = PICTURE if args.on == "test" else RESULTS / "development.png"
+    if tasks:
+        draw(tasks, args.on, picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The figures of benchmarks/ruler.py, from which the README's table is made."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import methods
+import ruler
+
+
+def rows(name, dice):
+    """A table's rows from Dice by seed and case."""
+    return [
+        [name, str(s), "10", "20", case, f"{d}", "1.0", "1.0"] for s, cases in dice.items() for case, d in cases.items()
+    ]
+
+
+def test_the_part_of_the_gap_and_its_interval():
+    generator = np.random.default_rng(0)
+    supervised = generator.uniform(50, 70, (3, 12))
+    reference = np.full((2, 12), 90.0)
+    half = supervised + (90 - supervised) / 2
+    assert ruler.gap_closed(half, supervised, reference) == pytest.approx((0.5, 0.5, 0.5))
+    noisy = half + generator.normal(0, 5, half.shape)
+    part, low, high = ruler.gap_closed(noisy, supervised, reference)
+    assert part == pytest.approx((noisy.mean() - supervised.mean()) / (90 - supervised.mean()))
+    assert low < part < high
+    single = ruler.gap_closed(noisy[:1], supervised[:1], reference[:1])  # the patients alone are drawn
+    assert single[1] < single[0] < single[2]
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
+    cases = [f"patient{n:03d}_frame0{f}" for n in range(6) for f in (1, 2)]
+    ours = {seed: {c: 80 + i for i, c in enumerate(cases)} for seed in (0, 1)}
+    theirs = {seed: {c: 78 + i + 50 * (seed == 2) for i, c in enumerate(cases)} for seed in (1, 2)}
+    method, other = (ruler.Scores(rows("x", dice)) for dice in (ours, theirs))
+    assert method.metrics.shape == (2, 6, 3)
+    difference, p = ruler.against(method, other)
+    assert difference == pytest.approx(2)
+    assert p == pytest.approx(2 / 2**6)  # six patients, all of one sign
+
+
+def test_a_class_that_is_not_found_counts_as_zero(tmp_path):
+    reference, prediction = np.zeros((2, 1, 4, 4), np.uint8)
+    reference[0, 0], reference[0, 1] = 1, 2
+    prediction[0, 0] = 1
+    for name, mask in (("reference", reference), ("prediction", prediction)):
+        sitk.WriteImage(sitk.GetImageFromArray(mask), str(tmp_path / f"{name}.nii.gz"))
+    files = tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"
+    assert methods.case_means(*files, [1, 2, 3], "voxels") == [50, 0, 0]  # class 3 is in neither
