@@ -1,12 +1,11 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from nnunetv2 import paths
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -15,26 +14,22 @@ from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.blocks import pseudo_labels
-from nnunet_ssl.blocks.networks import broadcast, has_batch_norm, of_all_ranks, unwrap
-from nnunet_ssl.blocks.schedules import sigmoid_rampup
-from nnunet_ssl.data.loading import (
-    Batch,
-    LabeledDataLoader,
-    PairedDataLoader,
-    UnlabeledDataLoader,
-    to_device,
-)
+from nnunet_ssl.blocks.networks import broadcast, has_batch_norm, set_deep_supervision, unwrap
+from nnunet_ssl.blocks.schedules import sigmoid_rampup, whole_epochs
+from nnunet_ssl.data.loading import Batch, make_loaders, to_device
+from nnunet_ssl.system.attributes import replaced
 from nnunet_ssl.system.nnunet_version import require_nnunet
 from nnunet_ssl.training import checkpoints, preflight
 from nnunet_ssl.training.health import Health
 from nnunet_ssl.training.history import History, time_left
 from nnunet_ssl.training.loaders import make_repeatable, start_loaders, stop_loaders
-from nnunet_ssl.training.observations import evaluating, mean_dice, observe, pseudo_labeler
-from nnunet_ssl.training.optimizer import update_weights
+from nnunet_ssl.training.observations import dice_by_network, evaluating, observe, pseudo_labeler
+from nnunet_ssl.training.optimizer import LaterScheduler, update_weights
 from nnunet_ssl.training.random_state import seed_from_environment, set_random_state
 from nnunet_ssl.training.variants import epoch_variants as epoch_variants  # for the files of trainers
 from nnunet_ssl.training.variants import stock_settings
 
+SAMPLING = ("label_manager", "oversample_foreground_percent", "probabilistic_oversampling")  # of nnU-Net's loader
 COMPARED_BATCHES = 10  # of the validation batches of an epoch, on which the Dice of every network is taken
 
 
@@ -51,6 +46,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     max_gradient_norm = 12  # as in nnU-Net, whose Primus trainers have 1
     rampup = 0.0  # part of the training after which `self.ramp` is 1
     weak_view = False  # also give the method every unlabeled crop with spatial augmentation only
+    supervised_part = 0.0  # first part of the training that is stock nnU-Net on the labeled cases, in whole epochs
 
     # ---- what a method overrides ----
 
@@ -131,7 +127,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{paths.nnUNet_results} cannot be written to ({error}). Set nnUNet_results to a folder that can."
             ) from error
         vars(self).update(stock_settings(type(self)))
-        self.step = 0
+        self.step = 0  # of the semi-supervised phase
+        self.supervised_epochs = 0  # known from `initialize` on
         self.companions = SimpleNamespace()
         self._losses: dict[str, float] = {}  # means of the epoch
         self._observations: dict = {}  # of the epoch's last batch
@@ -140,9 +137,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.health = Health(self.print_to_log_file)
 
     @property
+    def supervised_phase(self) -> bool:
+        return self.current_epoch < self.supervised_epochs
+
+    @property
     def max_steps(self) -> int:
-        """Optimizer steps of the whole training."""
-        return self.num_epochs * self.num_iterations_per_epoch
+        """Optimizer steps of the semi-supervised phase: of the whole training, where there is no other one."""
+        return (self.num_epochs - self.supervised_epochs) * self.num_iterations_per_epoch
 
     @property
     def ramp(self) -> float:
@@ -152,14 +153,24 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         preflight.refuse_unsupported(type(self), SemiSupervisedTrainer, self.configuration_name, self.is_cascaded)
         preflight.require_cases(Path(self.preprocessed_dataset_folder), self.plans_manager, self.configuration_name)
+        self.supervised_epochs = whole_epochs(self.supervised_part, self.num_epochs)
         self.seed = seed_from_environment(self.local_rank)
         super().initialize()
         companions = {name: network.to(self.device) for name, network in self.build_companions().items()}
         self.companions = SimpleNamespace(**companions)
         broadcast(vars(self.companions).values())  # as nnU-Net does with its network
+        self._restart_optimizer()
+        self._first_weights = next(unwrap(self.network).parameters()).detach().clone()
+
+    def _restart_optimizer(self) -> None:
+        # nnU-Net's, of all trained networks, and its learning rate over the epochs of the present phase
+        begin = 0 if self.supervised_phase else self.supervised_epochs
+        epochs = self.supervised_epochs if self.supervised_phase else self.num_epochs - begin
+        with replaced(self, "num_epochs", epochs):
+            self.optimizer, scheduler = self.configure_optimizers()
+        self.lr_scheduler = LaterScheduler(scheduler, begin) if begin else scheduler
         for network in self.trained_networks()[1:]:
             self.optimizer.add_param_group({"params": [p for p in network.parameters() if p.requires_grad]})
-        self._first_weights = next(unwrap(self.network).parameters()).detach().clone()
 
     def _restart_companions(self) -> None:
         # in place: the optimizer holds the parameters of those that are trained
@@ -170,8 +181,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def do_split(self):
         splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
         folder = Path(self.preprocessed_dataset_folder)
-        if self.fold != "all":
-            preflight.check_numbered_fold(splits, self.fold, folder)
+        preflight.check_numbered_fold(splits, self.fold, folder)
         train, val = super().do_split()
         preflight.check_cases(train, val, self.fold, splits, folder)
         preflight.refuse_empty_labels(train, self.fold, folder, self.label_manager)
@@ -183,9 +193,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         preflight.require_present_format(self.dataset_class, self.preprocessed_dataset_folder)
         configuration, manager = self.configuration_manager, self.label_manager
         scales, mask = self._get_deep_supervision_scales(), configuration.use_mask_for_norm
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
+        geometry = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = geometry
         labels = {
             "foreground_labels": manager.foreground_labels,
             "regions": manager.foreground_regions if manager.has_regions else None,
@@ -200,33 +209,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         known = {"training": train.identifiers, "validation": val.identifiers}
         folder, plans, name = Path(self.preprocessed_dataset_folder_base), self.plans_manager, self.configuration_name
         unlabeled = preflight.unlabeled_dataset(folder, plans, name, self.fold, known, self.dataset_json)
-        text = preflight.describe(self, SemiSupervisedTrainer, known, unlabeled)
-        self.print_to_log_file(text, add_timestamp=False)
-
+        if self.dataloader_train is None:
+            description = preflight.describe(self, SemiSupervisedTrainer, known, unlabeled)
+            self.print_to_log_file(description, add_timestamp=False)
+        sampling = {name: getattr(self, name) for name in SAMPLING}
         sizes = (self.batch_size, initial_patch_size, configuration.patch_size)
-        common = {
-            "label_manager": manager,
-            "oversample_foreground_percent": self.oversample_foreground_percent,
-            "probabilistic_oversampling": self.probabilistic_oversampling,
-        }
-        paired = PairedDataLoader(
-            LabeledDataLoader(train, *sizes, transforms=transforms, **common),
-            UnlabeledDataLoader(unlabeled, *sizes, transforms=transforms, weak_view=self.weak_view, **common),
-        )
-        sizes = (self.batch_size, configuration.patch_size, configuration.patch_size)
-        validation = LabeledDataLoader(val, *sizes, transforms=val_transforms, **common)
-        return start_loaders(paired, validation, self.device, self.num_input_channels, folder / "dataset.json")
+        others = None if self.supervised_phase else unlabeled
+        loaders = make_loaders(train, val, others, sizes, (transforms, val_transforms), self.weak_view, sampling)
+        return start_loaders(*loaders, self.device, self.num_input_channels, folder / "dataset.json")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        networks = list(vars(self.companions).values())
+        networks = [*vars(self.companions).values()]
         if self.is_ddp and not isinstance(self.network, DistributedDataParallel):
             networks.append(self.network)  # a deployed teacher, which nnU-Net would unwrap
         else:
             super().set_deep_supervision_enabled(enabled)
-        for network in networks:
-            decoder = getattr(unwrap(network), "decoder", None)
-            if decoder is not None:  # transformers have none, and no deep supervision
-                decoder.deep_supervision = enabled
+        set_deep_supervision(networks, enabled)
 
     # ---- training ----
 
@@ -234,11 +232,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.current_epoch == 0 and self.step == 0 and self.was_initialized:
             # weights given by -pretrained_weights were loaded after initialize: start the companions from them
             self._restart_companions()
-            self.health.check_heads(self.network, self._first_weights)
+            if not self.supervised_epochs:
+                self.health.check_heads(self.network, self._first_weights)
         super().on_train_start()
         if self.local_rank == 0:
             labeler = pseudo_labeler(self.segmenting_networks()).replace("_", " ")
-            self.history = History(Path(self.output_folder), labeler)
+            self.history = History(Path(self.output_folder), labeler, self.supervised_epochs)
             self.history.begin(self.current_epoch)
         if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
@@ -251,7 +250,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         finally:
             stop_loaders(self.dataloader_train, self.dataloader_val)
 
+    def on_train_epoch_start(self) -> None:
+        if self.step == 0 and 0 < self.supervised_epochs == self.current_epoch:
+            self.print_to_log_file("The semi-supervised phase begins: companions, learning rate and momentum are new.")
+            self._restart_companions()
+            self._restart_optimizer()
+            stop_loaders(self.dataloader_train, self.dataloader_val)
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        super().on_train_epoch_start()
+
     def train_step(self, batch: dict) -> dict:
+        if self.supervised_phase:
+            return super().train_step(batch)
         keys, batch = batch.get("keys", []), self._to_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
@@ -260,7 +270,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         plain = self.network.module if self.is_ddp else self.network
         while True:
             # as in nnU-Net: autocast only where there is CUDA; the backward pass runs outside of it
-            with autocast("cuda") if self.device.type == "cuda" else nullcontext(), self._standing_in(plain):
+            with autocast("cuda") if self.device.type == "cuda" else nullcontext(), replaced(self, "network", plain):
                 group = next(losses, None)
                 total = None if group is None else sum(group.values())
             if group is None:
@@ -277,8 +287,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.after_step()
         self.step += 1
         if self.step % self.num_iterations_per_epoch == 0 and self.local_rank == 0:
-            networks = self.segmenting_networks()
-            ramp = {"ramp": self.ramp} if self.rampup > 0 else {}
+            networks, ramp = self.segmenting_networks(), {"ramp": self.ramp} if self.rampup > 0 else {}
             labeler = networks[pseudo_labeler(networks)]
             self._observations = ramp | observe(self.network, labeler, batch, self.label_manager)
         # one copy to the host for all terms, where nnU-Net has one for its loss
@@ -290,16 +299,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _to_device(self, batch: dict) -> Batch:
         return to_device(batch, self.device, self.weak_view)
-
-    @contextmanager
-    def _standing_in(self, network: nn.Module) -> Iterator[None]:
-        """In the block, `self.network` is another one."""
-        own = self.network
-        self.network = network
-        try:
-            yield
-        finally:
-            self.network = own
 
     def trained_networks(self) -> list[nn.Module]:
         """The networks that the optimizer trains: `self.network` and companions that require gradients."""
@@ -314,57 +313,54 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         # nnU-Net takes the names from the first step, but a term may come in later ones only
         super().on_train_epoch_end([{"loss": step["loss"]} for step in train_outputs])
-        names = dict.fromkeys(name for step in train_outputs for name in step)
-        outputs = {name: [step[name] for step in train_outputs if name in step] for name in names}
-        self.health.end_epoch({name: values for name, values in outputs.items() if name != "loss"})
-        means = {name: float(np.mean(values)) for name, values in outputs.items()}
-        ranks = of_all_ranks(means)
-        means = {name: float(np.mean([rank[name] for rank in ranks])) for name in means}
-        self.print_to_log_file("losses", ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-        self._losses = means
+        self._losses = self.health.end_epoch(train_outputs)
 
     def on_epoch_end(self) -> None:
         super().on_epoch_end()
         begin, end = (self.logger.get_value(f"epoch_{t}_timestamps", step=-1) for t in ("start", "end"))
-        if self.current_epoch < self.num_epochs:
-            self.print_to_log_file(time_left(self.num_epochs - self.current_epoch, end - begin))
+        last = self.supervised_epochs if self.supervised_phase else self.num_epochs
+        if self.current_epoch < last:
+            self.print_to_log_file(time_left(last - self.current_epoch, end - begin, self.supervised_phase))
 
     # ---- validation with the deployed network ----
 
+    def _deployed(self) -> nn.Module:
+        return self.network if self.supervised_phase else self.inference_network()
+
     def on_validation_epoch_start(self) -> None:
         self._overlaps = {}
-        with self._standing_in(self.inference_network()):
+        with replaced(self, "network", self._deployed()):
             super().on_validation_epoch_start()
 
     def validation_step(self, batch: dict) -> dict:
-        deployed = self.inference_network()
-        networks = self.segmenting_networks()
+        deployed = self._deployed()
+        networks = {} if self.supervised_phase else self.segmenting_networks()
         compared = len(networks) > 1 and len(self._overlaps.get("student", ())) < COMPARED_BATCHES
         original = deepcopy(batch["target"]) if compared else None  # nnU-Net overwrites ignored voxels
-        with self._standing_in(deployed):
+        with replaced(self, "network", deployed):
             outputs = super().validation_step(batch)
         for name, network in networks.items() if compared else ():
             counts = outputs
             if network is not deployed:
-                with self._standing_in(network), evaluating(network):
+                with replaced(self, "network", network), evaluating(network):
                     counts = super().validation_step({**batch, "target": deepcopy(original)})
             self._overlaps.setdefault(name, []).append(counts)
         return outputs
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
-        ranks = of_all_ranks(self._overlaps)
-        dice = {name: mean_dice([counts for rank in ranks for counts in rank[name]]) for name in self._overlaps}
+        dice = dice_by_network(self._overlaps)
         if self.local_rank != 0:
             return
-        if self.current_epoch >= self.num_epochs / 10:  # a moving average lags behind at first
+        # a moving average lags behind at first
+        if self.current_epoch - self.supervised_epochs >= (self.num_epochs - self.supervised_epochs) / 10:
             self.health.compare_dice(dice)
         observations = self._observations | {f"dice_{name}": value for name, value in dice.items()}
         last = self.current_epoch == self.num_epochs - 1
         self.history.record(self.current_epoch, self._losses, observations, self.logger.loggers, last)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with self._standing_in(self.inference_network()):
+        with replaced(self, "network", self._deployed()):
             super().perform_actual_validation(save_probabilities)
 
     # ---- checkpoints ----
@@ -374,8 +370,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             super().save_checkpoint(filename)
             return
         networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
-        stock, deployed = super().save_checkpoint, unwrap(self.inference_network())
-        checkpoints.save(Path(filename), stock, networks, self.optimizer, deployed, self.step, self.current_epoch)
+        stock, deployed = super().save_checkpoint, unwrap(self._deployed())
+        progress = {"step": self.step, "supervised_epochs": self.supervised_epochs}
+        checkpoints.save(Path(filename), stock, networks, self.optimizer, deployed, progress, self.current_epoch)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
@@ -386,12 +383,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": self.network, **vars(self.companions)}
         training = (type(self).__name__, self.plans_manager.plans_name, self.configuration_name)
         checkpoints.check_networks(file, checkpoint, networks, training)
+        state = checkpoint.get(checkpoints.CHECKPOINT_KEY)
+        self.current_epoch = checkpoint["current_epoch"]
+        if state is not None:
+            self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase
+        self._restart_optimizer()
         with checkpoints.first_group_only(self.optimizer):
             super().load_checkpoint(str(file))
-        state = checkpoint.get(checkpoints.CHECKPOINT_KEY)
         if state is None:  # written by stock nnU-Net: the companions start from its weights
             self._restart_companions()
-            self.step = self.current_epoch * self.num_iterations_per_epoch
+            self.step = max(0, self.current_epoch - self.supervised_epochs) * self.num_iterations_per_epoch
             return
         checkpoints.restore(state, networks, self.optimizer)
         self.step = state["step"]

@@ -129,6 +129,14 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
+def set_deep_supervision(networks: Iterable[nn.Module], enabled: bool) -> None:
+    """Turns the outputs of several scales on or off; what has no decoder, such as a transformer, has none."""
+    for network in networks:
+        decoder = getattr(unwrap(network), "decoder", None)
+        if decoder is not None:
+            decoder.deep_supervision = enabled
+
+
 def logits(network: nn.Module, x: Tensor) -> Tensor:
     """Full-resolution logits (B, C, *spatial), with deep supervision on or off."""
     output = network(x)

@@ -17,3 +17,14 @@ def warmup_decay(step: int, decay: float) -> float:
     Source: Tarvainen & Valpola 2017 (arXiv:1703.01780), released code. `step` counts optimizer steps before this one.
     """
     return min(1.0 - 1.0 / (step + 1.0), decay)
+
+
+def whole_epochs(part: float, epochs: int) -> int:
+    """How many whole epochs a part of the training has, rounded down.
+
+    Raises:
+        ValueError: the part is not at least 0 and below 1.
+    """
+    if not 0 <= part < 1:
+        raise ValueError(f"supervised_part is at least 0 and below 1, not {part}.")
+    return int(part * epochs)

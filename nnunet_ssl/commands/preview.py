@@ -77,7 +77,7 @@ def preview(
             trainer.initialize()
         else:
             trainer.load_checkpoint(str(file))
-        trainer.step = trainer.max_steps // 3
+        trainer.current_epoch, trainer.step = trainer.supervised_epochs, trainer.max_steps // 3
         batch = trainer._to_device(next(trainer.get_dataloaders()[0]))
         with torch.no_grad(), recorded() as calls:
             for _ in trainer.losses(batch):

@@ -97,6 +97,13 @@ class UnlabeledDataset:
         mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
         return blosc2.open(urlpath=str(self.files[identifier]), mode="r", dparams={"nthreads": 1}, **mmap)
 
+    def damaged(self, identifier: str, error: Exception) -> RuntimeError:
+        """What to raise where a case cannot be read."""
+        return RuntimeError(
+            f"{self.files[identifier]} is missing or damaged ({error}). Remove the files of this case there and "
+            f"preprocess it again, then continue the training with --c."
+        )
+
     def class_locations(self, identifier: str) -> dict | None:
         """Where a model found which class, as nnU-Net has it; None where it has not looked at this case."""
         file = self.predicted.get(identifier)
@@ -169,10 +176,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
                     box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
                     crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
                 except Exception as error:  # blosc2 raises anything for a damaged file
-                    raise RuntimeError(
-                        f"{self._data.files[identifier]} is missing or damaged ({error}). Remove the files of this "
-                        f"case there and preprocess it again, then continue the training with --c."
-                    ) from error
+                    raise self._data.damaged(identifier, error) from error
                 views.append(self.augment(crop[:, 0] if self.patch_size_was_2d else crop))
         return {name: torch.stack([view[name] for view in views]) for name in views[0]}
 
@@ -240,3 +244,25 @@ class PairedDataLoader(DataLoader):
         super().set_thread_id(thread_id)
         self.labeled.set_thread_id(thread_id)
         self.unlabeled.set_thread_id(thread_id)
+
+
+def make_loaders(
+    train, val, unlabeled: UnlabeledDataset | None, sizes: tuple, transforms: tuple, weak_view: bool, sampling: dict
+) -> tuple[DataLoader, DataLoader]:
+    """The loaders of training and validation batches; no worker runs yet.
+
+    Args:
+        train: nnU-Net's dataset of the labeled cases.
+        val: that of the validation cases.
+        unlabeled: of the unlabeled cases, whose crops come with those of the labeled ones; None: labeled crops alone.
+        sizes: batch size, size of the crop before the spatial augmentation, and the network's.
+        transforms: nnU-Net's for training and for validation.
+        weak_view: also give every unlabeled crop with spatial augmentation only.
+        sampling: nnU-Net's label manager and settings of the oversampling.
+    """
+    training = LabeledDataLoader(train, *sizes, transforms=transforms[0], **sampling)
+    if unlabeled is not None:
+        options = {"transforms": transforms[0], "weak_view": weak_view, **sampling}
+        training = PairedDataLoader(training, UnlabeledDataLoader(unlabeled, *sizes, **options))
+    batch_size, _, patch_size = sizes
+    return training, LabeledDataLoader(val, batch_size, patch_size, patch_size, transforms=transforms[1], **sampling)

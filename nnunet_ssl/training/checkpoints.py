@@ -24,7 +24,7 @@ def save(
     networks: dict[str, nn.Module],
     optimizer: Optimizer,
     deployed: nn.Module,
-    step: int,
+    progress: dict[str, int],
     epoch: int,
 ) -> None:
     """Writes nnU-Net's checkpoint with our state in it, as a whole or not at all.
@@ -35,7 +35,7 @@ def save(
         networks: "student" and the companions, not wrapped.
         optimizer: of all that are trained.
         deployed: one of the networks, which becomes nnU-Net's.
-        step: optimizer steps taken.
+        progress: numbers that tell how far the training is.
         epoch: the present one, for the message.
 
     Raises:
@@ -51,7 +51,7 @@ def save(
     stock.seek(0)
     checkpoint = torch.load(stock, map_location="cpu", weights_only=False)
     name = next(name for name, network in networks.items() if network is deployed)
-    write(with_our_state(checkpoint, states, optimizer_state, name, step), file)
+    write(with_our_state(checkpoint, states, optimizer_state, name, progress), file)
 
 
 def restore(state: dict, networks: dict[str, nn.Module], optimizer: Optimizer) -> None:
@@ -106,7 +106,7 @@ def first_group_only(optimizer: Optimizer) -> Iterator[None]:
 
 
 def with_our_state(
-    stock: dict, states: dict[str, dict[str, Tensor]], optimizer: dict, deployed: str, step: int
+    stock: dict, states: dict[str, dict[str, Tensor]], optimizer: dict, deployed: str, progress: dict[str, int]
 ) -> dict:
     """nnU-Net's checkpoint with ours: the stock trainer loads it, and predicts with the deployed network.
 
@@ -115,7 +115,7 @@ def with_our_state(
         states: weights of "student" and of every companion.
         optimizer: state of the optimizer of all that are trained.
         deployed: which of them becomes nnU-Net's "network_weights".
-        step: optimizer steps taken.
+        progress: numbers that tell how far the training is; they become keys of ours.
 
     Returns:
         `stock`.
@@ -127,7 +127,7 @@ def with_our_state(
     stock["optimizer_state"] = {"state": own, "param_groups": [first]}
     stock[CHECKPOINT_KEY] = {
         "inference_network": deployed,
-        "step": step,
+        **progress,
         "optimizer": optimizer,
         "student": states["student"],
         "companions": {name: state for name, state in states.items() if name != "student"},

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.blocks.networks import unwrap
+from nnunet_ssl.blocks.networks import of_all_ranks, unwrap
 from nnunet_ssl.training.checkpoints import CHECKPOINTS
 
 LAGGING = 0.05  # Dice by which a teacher may be below every student without a warning
@@ -70,11 +70,14 @@ class Health:
         )
         raise RuntimeError(text)
 
-    def end_epoch(self, terms: dict[str, list[float]]) -> None:
+    def end_epoch(self, steps: list[dict[str, float]]) -> dict[str, float]:
         """Warns of pseudo labels without foreground and of terms that were not finite, and starts anew.
 
         Args:
-            terms: the values of every term in the steps of this epoch.
+            steps: of this epoch: "loss" and the terms that it had, which need not be the same in all.
+
+        Returns:
+            Their means over the steps that had them, and over the GPUs.
         """
         if self.pseudo_labels and float(self.foreground) == 0:
             self.log(
@@ -82,12 +85,18 @@ class Health:
                 "is usual in the first epochs only."
             )
         self.foreground, self.pseudo_labels = 0.0, 0
-        for name, values in terms.items():
+        names = dict.fromkeys(name for step in steps for name in step)
+        outputs = {name: [step[name] for step in steps if name in step] for name in names}
+        for name, values in outputs.items():
             bad = np.sum(~np.isfinite(values))
-            if bad:
+            if bad and name != "loss":
                 self.log(
                     f"WARNING: the loss term {name} was NaN or infinite in {bad} of {len(values)} steps of this epoch."
                 )
+        ranks = of_all_ranks({name: float(np.mean(values)) for name, values in outputs.items()})
+        means = {name: float(np.mean([rank[name] for rank in ranks])) for name in names}
+        self.log(f"losses {', '.join(f'{name} {value:.4f}' for name, value in means.items())}")
+        return means
 
     def compare_dice(self, dice: dict[str, float]) -> None:
         """Warns of teachers that are more than LAGGING below every student.

@@ -28,17 +28,24 @@ NAMES = {  # column of the table to its name in the picture
 DRAWING_SHARE = 0.005  # of the training time, at most
 
 
-def time_left(epochs: int, seconds: float) -> str:
-    """How many epochs are left and when they are done, where one takes so many seconds."""
+def time_left(epochs: int, seconds: float, supervised_phase: bool = False) -> str:
+    """How many epochs (of the supervised phase) are left and when they are done, where one takes so many seconds."""
     finish = datetime.now() + epochs * timedelta(seconds=seconds)
-    return f"{epochs} epochs left, until about {finish:%Y-%m-%d %H:%M}"
+    return f"{epochs} {'supervised ' * supervised_phase}epochs left, until about {finish:%Y-%m-%d %H:%M}"
 
 
 class History:
-    """losses.csv and semi_supervised.png in the folder of a fold."""
+    """losses.csv and semi_supervised.png in the folder of a fold.
 
-    def __init__(self, folder: Path, other: str = "teacher"):
+    Args:
+        folder: of the fold.
+        other: name of the network that makes the pseudo labels.
+        boundary: first epoch of the semi-supervised phase; 0 where there is no other one.
+    """
+
+    def __init__(self, folder: Path, other: str = "teacher", boundary: int = 0):
         self.table, self.picture, self.other = folder / "losses.csv", folder / "semi_supervised.png", other
+        self.boundary = boundary
         self._drawn_at, self._drawing_seconds = float("-inf"), 0.0
 
     def begin(self, epoch: int) -> None:
@@ -105,17 +112,18 @@ class History:
         columns = dict(zip(header, zip(*numbers, strict=True), strict=True))
         # nnU-Net's progress.png leaves huge fonts behind
         with style.context("default"), replacing(self.picture) as temporary:
-            draw(columns, self.other).savefig(temporary, format="png", dpi=100)
+            draw(columns, self.other, self.boundary).savefig(temporary, format="png", dpi=100)
         self._drawn_at = time.perf_counter()
         self._drawing_seconds = self._drawn_at - begin
 
 
-def draw(columns: dict[str, tuple[float, ...]], other: str) -> Figure:
+def draw(columns: dict[str, tuple[float, ...]], other: str, boundary: int = 0) -> Figure:
     """Panels over the epochs: loss terms; Dice; agreement, confidence and ramp-up; foreground; distance of features.
 
     Args:
         columns: those of losses.csv, by name.
         other: name of the network that makes the pseudo labels.
+        boundary: first epoch of the semi-supervised phase, marked by a line; 0: none.
     """
     epochs = columns["epoch"]
     dice = {name: values for name, values in columns.items() if name.startswith("dice_")}
@@ -140,6 +148,8 @@ def draw(columns: dict[str, tuple[float, ...]], other: str) -> Figure:
         _lines(axis, epochs, lines)
         axis.set(title=title, xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if boundary:
+            axis.axvline(boundary - 0.5, color="0.6", linestyle="dotted", zorder=0)
         if label != "loss":
             axis.set_ylim(bottom=0)
     for axis in figure.axes[1:3]:

@@ -15,7 +15,7 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
     """Starts nnU-Net's workers, as many as nnU-Net would, and draws the first batch of each loader.
 
     Args:
-        training: gives the keys "data" and "unlabeled".
+        training: gives the key "data" and, in the semi-supervised phase, "unlabeled".
         validation: nnU-Net's.
         device: of the training.
         channels: that the network expects.
@@ -33,7 +33,7 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
     batch = next(train)
     next(val)
     for name, kind in (("data", "labeled"), ("unlabeled", "unlabeled")):
-        if batch[name].shape[1] != channels:
+        if name in batch and batch[name].shape[1] != channels:
             raise ValueError(
                 f"The preprocessed {kind} cases have {batch[name].shape[1]} channels, but dataset.json has {channels}. "
                 f"Correct {described}, or preprocess again."

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, autocast, nn
 
-from nnunet_ssl.blocks.networks import forward_with_features, has_stages, logits, unwrap
+from nnunet_ssl.blocks.networks import forward_with_features, has_stages, logits, of_all_ranks, unwrap
 from nnunet_ssl.blocks.pseudo_labels import hard_labels, probabilities
 from nnunet_ssl.data.loading import Batch
 
@@ -98,6 +98,12 @@ def mean_dice(counts: list[dict[str, np.ndarray]]) -> float:
     total = 2 * tp + fp + fn
     dice = 2 * tp[total > 0] / total[total > 0]
     return float(dice.mean()) if len(dice) else math.nan
+
+
+def dice_by_network(counts: dict[str, list[dict[str, np.ndarray]]]) -> dict[str, float]:
+    """`mean_dice` of every network over the validation steps of all ranks."""
+    ranks = of_all_ranks(counts)
+    return {name: mean_dice([step for rank in ranks for step in rank[name]]) for name in counts}
 
 
 @contextmanager

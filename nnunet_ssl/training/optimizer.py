@@ -1,10 +1,11 @@
-"""The update of the weights: nnU-Net's, for several networks and several backward passes of a step."""
+"""The update of the weights, nnU-Net's, for several networks and backward passes; its learning rate in two phases."""
 
 from collections.abc import Sequence
 
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from nnunet_ssl.blocks.networks import average_gradients, is_distributed
 
@@ -34,3 +35,18 @@ def update_weights(
         grad_scaler.update()
     elif next(networks[0].parameters()).device.type != "cpu" or all(norm.isfinite() for norm in norms):
         optimizer.step()
+
+
+class LaterScheduler:
+    """A scheduler whose first epoch is a later one of the training.
+
+    Args:
+        scheduler: of nnU-Net, which asks nothing else of it than the step to an epoch.
+        begin: the epoch of the training that is the scheduler's epoch 0.
+    """
+
+    def __init__(self, scheduler: LRScheduler, begin: int):
+        self.scheduler, self.begin = scheduler, begin
+
+    def step(self, epoch: int) -> None:
+        self.scheduler.step(epoch - self.begin)

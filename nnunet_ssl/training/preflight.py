@@ -54,16 +54,18 @@ def require_present_format(dataset_class: type, folder: str) -> None:
         raise NotImplementedError(f"{folder} was preprocessed by an old nnU-Net. Run nnUNetv2_preprocess again.")
 
 
-def check_numbered_fold(splits: Path, fold: int, folder: Path) -> None:
+def check_numbered_fold(splits: Path, fold: int | str, folder: Path) -> None:
     """Raises ValueError where there is no such fold, or where there are too few cases to draw folds.
 
     For a fold that does not exist nnU-Net would draw a random split, with cases that are meant to stay unlabeled.
 
     Args:
         splits: splits_final.json, which may be missing.
-        fold: its number.
+        fold: its number, or "all", which is always there.
         folder: with the configuration's preprocessed cases.
     """
+    if fold == "all":
+        return
     check_fold(splits, fold)
     number = len(finished_cases(folder))
     if not splits.is_file() and number < CROSSVAL_FOLDS:
@@ -136,7 +138,29 @@ def unlabeled_dataset(
             f'  2. To hide labels of a labeled dataset (benchmark), write folds with an "unlabeled" list:\n'
             f"     nnunet-ssl split -d {number} --labeled 8 --overwrite"
         )
-    return UnlabeledDataset(files, predicted_foreground(plans, manager, None if fold == "all" else known["training"]))
+    predicted = predicted_foreground(plans, manager, None if fold == "all" else known["training"])
+    unlabeled = UnlabeledDataset(files, predicted)
+    check_channels(unlabeled, len(channel_names(dataset_json)), base / "dataset.json")
+    return unlabeled
+
+
+def check_channels(unlabeled: UnlabeledDataset, channels: int, described: Path) -> None:
+    """Looks at one unlabeled case, because a supervised phase may read none for hours.
+
+    Raises:
+        ValueError: it has another number of channels than `channels`, which the file `described` says.
+        RuntimeError: it cannot be read.
+    """
+    first = unlabeled.identifiers[0]
+    try:
+        found = unlabeled.load_image(first).shape[0]
+    except Exception as error:  # blosc2 raises anything for a damaged file
+        raise unlabeled.damaged(first, error) from error
+    if found != channels:
+        raise ValueError(
+            f"The preprocessed unlabeled cases have {found} channels, but dataset.json has {channels}. Correct "
+            f"{described}, or preprocess again."
+        )
 
 
 def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], unlabeled: UnlabeledDataset) -> str:
@@ -161,8 +185,11 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         "for validation": len(known["validation"]),
     }
     size, patch_size = trainer.batch_size, list(trainer.configuration_manager.patch_size)
+    first = trainer.supervised_epochs
     lines = [
         f"Cases: {', '.join(f'{number} {kind}' for kind, number in numbers.items())}.",
+        *[f"Supervised phase: {first} of {trainer.num_epochs} epochs, on {size} labeled patches a batch."]
+        * (first > 0),
         f"Every batch: {size} labeled and {size} unlabeled patches of {patch_size} voxels; {trainer.max_steps} steps.",
         f"{type(trainer).__name__}: {', '.join(f'{name} = {value}' for name, value in sorted(settings.items()))}",
     ]

@@ -39,7 +39,7 @@ def test_other_columns_than_before_are_added_by_name(tmp_path):
 def test_drawing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
     now, drawn = [0.0], []
 
-    def slow(columns, other):
+    def slow(columns, other, boundary):
         drawn.append(now[0])
         now[0] += 0.5
         return draw(columns, other)

@@ -1,0 +1,140 @@
+"""The supervised phase: first stock nnU-Net, then the method from its weights, with companions and momentum anew."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from tiny_trainers import make_trainer, seed
+
+from nnunet_ssl.blocks.networks import unwrap
+from nnunet_ssl.data.loading import UnlabeledDataset
+from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
+from nnunet_ssl.training.history import draw
+
+TWO_AND_TWO = {"num_epochs": 4, "supervised_part": 0.5, "save_every": 1}
+
+
+def weights(network):
+    return {name: tensor.clone() for name, tensor in unwrap(network).state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def recorded(trainer):
+    """Keeps, after every epoch, the weights, the learning rate and, where there is one, the checkpoint."""
+    end, kept = trainer.on_epoch_end, []
+
+    def on_epoch_end():
+        end()
+        latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
+        copy = latest.with_name(f"after_{trainer.current_epoch}.pth")
+        if latest.is_file() and trainer.current_epoch < trainer.num_epochs:
+            shutil.copy(latest, copy)
+        rate = trainer.logger.get_value("lrs", step=-1)
+        kept.append((weights(trainer.network), rate, copy))
+
+    trainer.on_epoch_end = on_epoch_end
+    return kept
+
+
+def test_the_first_phase_is_stock_nnunet_to_the_bit_and_reads_no_unlabeled_patch(tiny_dataset, monkeypatch):
+    seed()
+    stock = make_trainer(nnUNetTrainer, tiny_dataset, num_epochs=2)
+    stock_epochs = recorded(stock)
+    stock.run_training()
+
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **TWO_AND_TWO)
+    epochs = recorded(trainer)
+    read = []
+    original = UnlabeledDataset.load_image
+    monkeypatch.setattr(
+        UnlabeledDataset, "load_image", lambda self, case: read.append(trainer.current_epoch) or original(self, case)
+    )
+    trainer.run_training()
+    assert [rate for _, rate, _ in epochs] == [rate for _, rate, _ in stock_epochs] * 2
+    for (ours, _, _), (theirs, _, _) in zip(epochs[:2], stock_epochs, strict=True):
+        assert same(ours, theirs)
+    assert not same(epochs[2][0], epochs[1][0])
+    assert read.count(0) == 1  # one look at one case, when the training starts
+    assert read.count(1) == 0
+    assert read.count(2) > 0
+    assert (trainer.step, trainer.max_steps) == (4, 4)
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert "Supervised phase: 2 of 4 epochs" in log
+    assert log.count("The semi-supervised phase begins") == 1
+    assert "1 supervised epochs left" in log
+
+
+def test_at_the_boundary_companions_learning_rate_and_momentum_are_new(tiny_dataset):
+    seed()
+    trainer = make_trainer(nnUNetTrainerCoLearning, tiny_dataset, **TWO_AND_TWO)
+    trainer.on_train_start()
+    before = weights(trainer.companions.student_2)
+    assert trainer._deployed() is trainer.network
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    assert same(weights(trainer.companions.student_2), before)  # it is not trained in the first phase
+    assert trainer.optimizer.state
+    assert trainer.step == 0
+    trainer.current_epoch = 2
+    trainer.on_train_epoch_start()
+    for companion in vars(trainer.companions).values():
+        assert same(weights(companion), weights(trainer.network))
+    assert not trainer.optimizer.state
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.initial_lr
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in trainer.companions.student_2.parameters()} <= trained
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.step == 1
+    assert not same(weights(trainer.companions.student_2), weights(trainer.network))
+
+
+def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_dataset):
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **TWO_AND_TWO)
+    epochs = recorded(trainer)
+    trainer.run_training()
+    state = torch.load(epochs[0][2], weights_only=False)
+    assert same(state["network_weights"], epochs[0][0])
+    assert state[CHECKPOINT_KEY]["inference_network"] == "student"
+    for done in (1, 2, 3):
+        seed(99)
+        resumed = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=4, supervised_part=0.0)
+        resumed.load_checkpoint(str(epochs[done - 1][2]))
+        later = recorded(resumed)
+        assert resumed.supervised_epochs == 2  # that of the training which is continued
+        resumed.run_training()
+        assert [rate for _, rate, _ in later] == [rate for _, rate, _ in epochs[done:]]
+        for (ours, _, _), (theirs, _, _) in zip(later, epochs[done:], strict=True):
+            assert same(ours, theirs), done
+
+
+@pytest.mark.parametrize(("part", "epochs", "expected"), [(0.0, 4, 0), (0.5, 1, 0), (0.5, 3, 1), (0.3, 10, 3)])
+def test_the_phase_has_whole_epochs_and_leaves_one_for_the_method(part, epochs, expected, tiny_dataset):
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=epochs, supervised_part=part)
+    trainer.initialize()
+    assert trainer.supervised_epochs == expected
+    assert trainer.max_steps == 2 * (epochs - expected)
+
+
+@pytest.mark.parametrize("part", [1.0, -0.1])
+def test_a_part_that_leaves_nothing_is_refused(part, tiny_dataset):
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, supervised_part=part)
+    with pytest.raises(ValueError, match=f"supervised_part is at least 0 and below 1, not {part}"):
+        trainer.initialize()
+
+
+def test_the_picture_marks_the_boundary():
+    columns = {"epoch": (0.0, 1.0, 2.0), "loss": (1.0, 0.5, 0.4), "dice_student": (np.nan, np.nan, 0.5)}
+    marked, plain = (draw(columns, "teacher", boundary) for boundary in (2, 0))
+    lines = [[line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in marked.axes]
+    assert lines == [[1.5]] * 5
+    assert not any(line.get_linestyle() == ":" for axis in plain.axes for line in axis.lines)
