@@ -25,19 +25,19 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
         Iterators over the batches of both.
 
     Raises:
-        ValueError: images have another number of channels.
+        ValueError: labeled images have another number of channels.
     """
     workers = get_allowed_n_proc_DA()
     train = _augmenter(training, workers, max(6, workers // 2), device)
     val = _augmenter(validation, min(workers, max(1, workers // 2)), max(3, workers // 4), device)
     batch = next(train)
     next(val)
-    for name, kind in (("data", "labeled"), ("unlabeled", "unlabeled")):
-        if name in batch and batch[name].shape[1] != channels:
-            raise ValueError(
-                f"The preprocessed {kind} cases have {batch[name].shape[1]} channels, but dataset.json has {channels}. "
-                f"Correct {described}, or preprocess again."
-            )
+    found = batch["data"].shape[1]
+    if found != channels:
+        raise ValueError(
+            f"The preprocessed labeled cases have {found} channels, but dataset.json has {channels}. Correct "
+            f"{described}, or preprocess again."
+        )
     return train, val
 
 
