@@ -111,6 +111,31 @@ class SmallFingerprint(fingerprint_extractor.DatasetFingerprintExtractor):
         self.num_foreground_voxels_for_intensitystats = 1e4
 
 
+def write_dicom(image: sitk.Image, folder: Path) -> None:
+    """One file per slice, as a scanner writes them, but in no order of their names."""
+    folder.mkdir()
+    direction, spacing = image.GetDirection(), image.GetSpacing()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for index in range(image.GetDepth()):
+        slice_ = sitk.Cast(image[:, :, index], sitk.sitkInt16)
+        position = image.TransformIndexToPhysicalPoint((0, 0, index))
+        tags = {
+            "0008|0060": "MR",
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
+            "0020|000e": "1.2.826.0.1.3680043.2.1125.1.1",
+            "0020|0037": "\\".join(map(str, (*direction[0:9:3], *direction[1:9:3]))),
+            "0020|0032": "\\".join(map(str, position)),
+            "0020|0013": str(index),
+            "0018|0050": str(spacing[2]),
+            "0028|0030": f"{spacing[1]}\\{spacing[0]}",
+        }
+        for tag, value in tags.items():
+            slice_.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{(7 * index) % image.GetDepth():03d}.dcm"))
+        writer.Execute(slice_)
+
+
 def plan(
     dataset_id: int,
     configurations: Sequence[str] = ("2d", "3d_fullres"),

@@ -217,15 +217,12 @@ def _check_unlabeled(
 
 def _check_images_un(title: str, images_un: Path, folder: Path, fix: str) -> Iterator[Check]:
     """Every case of imagesUn is preprocessed into `folder`; nothing when there are no cases in either."""
-    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
-
     from nnunet_ssl.data.dataset_json import read_dataset_json
     from nnunet_ssl.data.preprocessed import finished_cases
+    from nnunet_ssl.data.scans import unlabeled_scans
 
-    raw = set()
-    if images_un.is_dir():
-        ending = read_dataset_json(folder.parent / "dataset.json", "file_ending")["file_ending"]
-        raw.update(get_identifiers_from_splitted_dataset_folder(str(images_un), ending))
+    dataset_json = read_dataset_json(folder.parent / "dataset.json", "channel_names", "file_ending")
+    raw = unlabeled_scans(images_un, dataset_json)[0].keys()
     finished = finished_cases(folder)
     if raw or finished:
         missing = len(raw - finished)

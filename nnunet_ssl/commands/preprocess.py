@@ -11,7 +11,7 @@ from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_ssl.data.dataset_json import channel_names, read_dataset_json
+from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.preprocessed import (
     FILES,
     check_settings,
@@ -22,7 +22,7 @@ from nnunet_ssl.data.preprocessed import (
     unlabeled_folder,
     write_settings,
 )
-from nnunet_ssl.data.scans import find_scans, name_problems, reading_problems, reserved_names, unpacked
+from nnunet_ssl.data.scans import name_problems, reading_problems, reserved_names, unlabeled_scans, unpacked
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
@@ -70,14 +70,14 @@ def preprocess_unlabeled(
     raw, folder = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = load_plans(folder, plans_identifier, configurations)
     dataset_json = read_dataset_json(folder / "dataset.json", "channel_names", "file_ending")
-    ending, channels = dataset_json["file_ending"], channel_names(dataset_json)
+    ending = dataset_json["file_ending"]
     # A cascade's second stage shares the data of 3d_fullres, hence one entry per folder.
     targets = {unlabeled_folder(folder, c.data_identifier): c for c in map(plans.get_configuration, configurations)}
     for target, configuration in targets.items():
         check_settings(target, preprocessing_settings(plans, configuration))
 
     images = raw / "imagesUn" if images is None else Path(images)
-    scans, unrecognised = find_scans(images, ending, len(channels) == 1)
+    scans, unrecognised = unlabeled_scans(images, dataset_json)
     if not scans and not unrecognised:
         dataset_id = convert_dataset_name_to_id(name)
         text = NO_SCANS.format(images=images, default=raw / "imagesUn", ending=ending, dataset_id=dataset_id)

@@ -21,9 +21,9 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnunet_ssl.data.dataset_json import channel_names, read_dataset_json
+from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
-from nnunet_ssl.data.scans import find_scans, name_problems, reading_problems, reserved_names
+from nnunet_ssl.data.scans import name_problems, reading_problems, reserved_names, unlabeled_scans, unpacked
 from nnunet_ssl.data.splits import read_fold, save_splits
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
@@ -48,10 +48,11 @@ def pseudo_label(
 
     This is what nnU-Net's maintainers recommend where most scans have no labels, and so the baseline of every
     semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
-    new folder. Its entry "pseudo_labels" says which cases a model has labeled, and which model. The plans of the source
-    dataset and a split with the source fold's validation cases, whose labels are true, go to nnUNet_preprocessed.
-    Nothing of the new dataset exists until all scans are labeled. A run that was interrupted goes on where it stopped:
-    labels of the same model are kept, except where the scan is newer.
+    new folder; a DICOM series is converted into a file there. The entry "pseudo_labels" says which cases a model has
+    labeled, and which model. The plans of the source dataset and a split with the source fold's validation cases,
+    whose labels are true, go to nnUNet_preprocessed. Nothing of the new dataset exists until all scans are labeled. A
+    run that was interrupted goes on where it stopped: labels of the same model are kept, except where the scan is
+    newer.
 
     Args:
         dataset: id or name of the source dataset.
@@ -101,6 +102,8 @@ def pseudo_label(
     own = {case: files for case, files in left.items() if case not in cases}
     check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
     start_or_resume(unfinished, record, kept, len(scans), ending)
+    scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
+    left = {case: scans[case] for case in left}
     if left:
         predict(left, unfinished, model, fold, checkpoint, device, num_processes, mirroring)
 
@@ -196,6 +199,22 @@ def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, 
         temporary.write_text(record)
 
 
+def convert_series(case: str, files: list[str], unfinished: Path, ending: str) -> list[str]:
+    """A scan's files as nnU-Net reads them: a DICOM series, a folder, becomes a file in imagesTr of `unfinished`.
+
+    A file that an interrupted run has converted, and that is not older than the series, is kept.
+    """
+    source = Path(files[0])
+    if not source.is_dir():
+        return files
+    target = unfinished / "imagesTr" / f"{case}_0000{ending}"
+    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        target.parent.mkdir(exist_ok=True)
+        with unpacked(source, ending) as path, replacing(target) as temporary:
+            shutil.copyfile(path, temporary)
+    return [str(target)]
+
+
 def dataset_entries(folder: Path, labeled: dict[str, dict], scans: dict[str, list[str]], ending: str) -> dict:
     """The "dataset" table of dataset.json in `folder`: per case its images and label, relative to it.
 
@@ -235,8 +254,7 @@ def sort_cases(
     if twice:
         raise ValueError(f"{splits}: cases of fold {fold} are unlabeled and labeled at once: {', '.join(twice[:5])}.")
     scans = {case: cases[case]["images"] for case in entry.get("unlabeled", [])}
-    single = len(channel_names(dataset_json)) == 1
-    own = find_scans(raw / "imagesUn", dataset_json["file_ending"], single)[0]
+    own, _ = unlabeled_scans(raw / "imagesUn", dataset_json)
     reserved = reserved_names(raw, splits.parent, dataset_json, set())
     problems = name_problems(own, f"rename or remove it in {raw / 'imagesUn'}", reserved)
     if problems:

@@ -43,6 +43,16 @@ def find_scans(folder: Path, ending: str, single_channel: bool = False) -> tuple
     return scans, [name for name in others if not (name.endswith(".json") and name.removesuffix(".json") in scans)]
 
 
+def unlabeled_scans(folder: Path, dataset_json: dict) -> tuple[dict[str, list[Path]], list[str]]:
+    """`find_scans` as a dataset's unlabeled scans are found, by every command and by the training.
+
+    Args:
+        folder: imagesUn, or another one; it may be missing.
+        dataset_json: of the dataset.
+    """
+    return find_scans(folder, dataset_json["file_ending"], len(channel_names(dataset_json)) == 1)
+
+
 def reserved_names(raw: Path, folder: Path, dataset_json: dict, data_identifiers: set[str]) -> dict[str, set[str]]:
     """The identifiers that an unlabeled scan must not have, by the place that has them."""
     ending = dataset_json["file_ending"]

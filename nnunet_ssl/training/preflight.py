@@ -20,7 +20,7 @@ from nnunet_ssl.data.preprocessed import (
     preprocessing_settings,
     unlabeled_folder,
 )
-from nnunet_ssl.data.scans import find_scans
+from nnunet_ssl.data.scans import unlabeled_scans
 from nnunet_ssl.data.splits import CROSSVAL_FOLDS, check_fold, read_fold
 
 
@@ -210,5 +210,5 @@ def unprocessed_scans(dataset: str, dataset_json: dict, files: Iterable[str]) ->
     if not paths.nnUNet_raw.is_set():
         return Path(), set()
     images = Path(paths.nnUNet_raw) / dataset / "imagesUn"
-    scans, _ = find_scans(images, dataset_json["file_ending"], len(channel_names(dataset_json)) == 1)
+    scans, _ = unlabeled_scans(images, dataset_json)
     return images, scans.keys() - set(files)

@@ -49,7 +49,9 @@ def dataset(monkeypatch, tmp_path):
     manager = PlansManager(plans)
     settings = preprocessing_settings(manager, manager.get_configuration("3d_fullres"))
     write_settings(folder / "plans_3d_unlabeled", settings)
-    (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"file_ending": ".nii.gz", "channel_names": {"0": "T1", "1": "T2"}})
+    )
     touch(folder / "plans_3d", *case_files("case_0"), *case_files("case_1"), *case_files("case_2"))
     monkeypatch.setattr(doctor_module, "_check_trainers", lambda: [])  # slow, and tested by itself
     return folder

@@ -527,38 +527,13 @@ def array_of(target, case):
     return UnlabeledDataset({case: target / f"{case}.b2nd"}).load_image(case)[:]
 
 
-def write_dicom(image, folder):
-    """One file per slice, as a scanner writes them, but in no order of their names."""
-    folder.mkdir()
-    direction, spacing = image.GetDirection(), image.GetSpacing()
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for index in range(image.GetDepth()):
-        slice_ = sitk.Cast(image[:, :, index], sitk.sitkInt16)
-        position = image.TransformIndexToPhysicalPoint((0, 0, index))
-        tags = {
-            "0008|0060": "MR",
-            "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
-            "0020|000e": "1.2.826.0.1.3680043.2.1125.1.1",
-            "0020|0037": "\\".join(map(str, (*direction[0:9:3], *direction[1:9:3]))),
-            "0020|0032": "\\".join(map(str, position)),
-            "0020|0013": str(index),
-            "0018|0050": str(spacing[2]),
-            "0028|0030": f"{spacing[1]}\\{spacing[0]}",
-        }
-        for tag, value in tags.items():
-            slice_.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{(7 * index) % image.GetDepth():03d}.dcm"))
-        writer.Execute(slice_)
-
-
 def test_plain_names_and_dicom_series_are_scans_too(single, single_target, tmp_path):
     image = sitk.ReadImage(str(single[0] / "imagesUn" / "unlabeled_000_0000.nii.gz"))
     image = sitk.Cast(sitk.Cast(image, sitk.sitkInt16), sitk.sitkFloat32)  # DICOM has whole numbers
     image.SetSpacing((1.5, 1.25, 2.0))
     for name in ("numbered_0000.nii.gz", "plain.nii.gz"):
         sitk.WriteImage(image, str(tmp_path / name))
-    write_dicom(image, tmp_path / "series")
+    tiny.write_dicom(image, tmp_path / "series")
     preprocess_single(images=tmp_path, num_processes=1)
     assert {n for n in names_in(single_target) if n.endswith(".pkl")} == {"numbered.pkl", "plain.pkl", "series.pkl"}
     expected = array_of(single_target, "numbered")
