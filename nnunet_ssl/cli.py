@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 from nnunet_ssl.system.nnunet_version import require_nnunet
@@ -436,6 +437,7 @@ def _setting(text: str) -> tuple[str, str | int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nnunet-ssl", description="Semi-supervised learning for nnU-Net v2.")
+    parser.add_argument("--version", action="version", version=f"nnunet-ssl {metadata.version('nnunet-ssl')}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
     first = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_export)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_trainers_lists_every_trainer_with_a_line(capsys):
     assert all(len(line.split()) > 3 for line in lines)
     assert main(["trainers", "--path"]) == 0
     assert capsys.readouterr().out.strip() in os.environ["nnUNet_extTrainer"].split(os.pathsep)
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"nnunet-ssl {metadata.version('nnunet-ssl')}\n"
 
 
 def test_every_command_has_help(capsys):

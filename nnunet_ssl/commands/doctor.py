@@ -140,7 +140,7 @@ def _check_trainers() -> Iterator[Check]:
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said):  # the finder names every file that it opens
-                recursive_find_trainer_class_by_name(name)
+                found = recursive_find_trainer_class_by_name(name)
         except Exception as error:  # the finder imports every trainer that it passes: anything can come out of one
             if trainers_folder() not in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep):
                 fix = 'export nnUNet_extTrainer="$(nnunet-ssl trainers --path)" (append it to what is there)'
@@ -150,7 +150,8 @@ def _check_trainers() -> Iterator[Check]:
             yield Check(name, False, _describe(error), fix)
             continue
         found_in = said.getvalue().rpartition(f"Using trainer '{name}' from: ")[2].strip() or "nnunetv2 itself"
-        ours = found_in == trainers_folder()
+        # a user's own trainer imports the one that it is derived from: that is the same class
+        ours = found_in == trainers_folder() or found.__module__.startswith("nnunet_ssl.trainers.")
         fix = f"rename the class {name} there, or remove that folder from nnUNet_extTrainer"
         yield Check(name, ours, "found" if ours else f"hidden by a class of the same name in {found_in}", fix)
 

@@ -143,6 +143,16 @@ def test_a_trainer_that_cannot_be_imported_fails_with_its_error(capsys, trainers
     assert "Inspecting module: nnUNetTrainerBroken" in out
 
 
+def test_a_users_file_that_imports_our_trainer_hides_nothing(monkeypatch, capsys, trainers, tmp_path):
+    touch(tmp_path / "mine")
+    name = "nnUNetTrainerMeanTeacher"
+    (trainers / f"{name}.py").write_text(TRAINER.format(name=name))
+    own = f"from nnunet_ssl.trainers.{name} import {name}\n\n\nclass nnUNetTrainerMine({name}):\n    num_epochs = 3\n"
+    (tmp_path / "mine" / "nnUNetTrainerMine.py").write_text(own)
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path / 'mine'}{os.pathsep}{trainers}")
+    assert doctor() == 0, capsys.readouterr().out
+
+
 def test_a_trainer_hidden_by_another_folder_fails(monkeypatch, capsys, trainers, tmp_path):
     touch(tmp_path / "mine")
     for folder in (trainers, tmp_path / "mine"):
