@@ -22,7 +22,7 @@ from nnunet_ssl.data.preprocessed import (
     unlabeled_folder,
     write_settings,
 )
-from nnunet_ssl.data.scans import name_problems, reading_problems, reserved_names, unlabeled_scans, unpacked
+from nnunet_ssl.data.scans import name_problems, no_scan, reading_problems, reserved_names, unlabeled_scans, unpacked
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
@@ -59,7 +59,7 @@ def preprocess_unlabeled(
         part_id: which of them this run is, from 0.
 
     Raises:
-        FileNotFoundError: no dataset, no plans or no scans.
+        FileNotFoundError: no dataset, no plans, no such folder or no scans in it.
         ValueError: an unknown configuration or part, unsound scans (one message lists all of them with the reasons),
             or cases that other plans have preprocessed.
         RuntimeError: a worker died, or a case could not be preprocessed.
@@ -76,6 +76,9 @@ def preprocess_unlabeled(
     for target, configuration in targets.items():
         check_settings(target, preprocessing_settings(plans, configuration))
 
+    if images is not None and not Path(images).is_dir():
+        kind = "is a file" if Path(images).exists() else "does not exist"
+        raise FileNotFoundError(f"-i {images} {kind}. Give the folder that the scans are in.")
     images = raw / "imagesUn" if images is None else Path(images)
     scans, unrecognised = unlabeled_scans(images, dataset_json)
     if not scans and not unrecognised:
@@ -94,7 +97,7 @@ def preprocess_unlabeled(
     reserved = reserved_names(raw, folder, dataset_json, {c.data_identifier for c in targets.values()})
     chosen = set().union(*(transductive_cases(target) for target in targets), everything if transductive else ())
     reserved[str(raw / "imagesTs")] -= chosen
-    problems = [f"{file}: not a scan; expected CASE_0000{ending}, CASE_0001{ending}, ..." for file in unrecognised]
+    problems = [no_scan(file, ending) for file in unrecognised]
     problems += name_problems(scans, f"rename or remove it in {images}", reserved)
     for target, cases in finished.items():
         problems += name_problems(cases - everything, f"remove its files from {target}", reserved)

@@ -11,6 +11,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.splits import save_splits
 
+KINDS = {"train": "labeled", "val": "for validation", "unlabeled": "unlabeled"}
 VAL_FRACTION = 0.2  # part of the cases that is held out for validation unless their number is given
 
 
@@ -26,6 +27,9 @@ def nested_folds(
         raise ValueError("--labeled is empty: give at least one number of labeled cases, for example --labeled 8.")
     if min(labeled) < 1:
         raise ValueError(f"--labeled {min(labeled)} is too small: a fold needs at least 1 labeled case.")
+    twice = sorted({number for number in labeled if list(labeled).count(number) > 1})
+    if twice:
+        raise ValueError(f"--labeled has {twice[0]} more than once: these folds would be the same. Give it once.")
     if val is None:
         val = max(1, int(VAL_FRACTION * len(cases)))
     if val < 1:
@@ -50,6 +54,7 @@ def split_dataset(
 ) -> Path:
     """Write a splits_final.json that hides the labels of most cases of a fully labeled dataset; return its path.
 
+    What every fold holds is printed.
     `dataset` is an id or a name in nnUNet_raw; fold i gets `labeled[i]` labeled cases; `val` is a number of cases
     (default: a fifth, at least 1), the same ones in every fold.
     Raises: ValueError, FileNotFoundError or FileExistsError, before anything is written.
@@ -69,4 +74,7 @@ def split_dataset(
     folds = nested_folds([str(case) for case in files], labeled, val, seed)
     path = Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
     save_splits(path, folds, overwrite)
+    for number, fold in enumerate(folds):
+        counts = ", ".join(f"{len(fold[key])} {kind}" for key, kind in KINDS.items())
+        print(f"fold {number}: {counts}; labeled: {', '.join(fold['train'])}")
     return path

@@ -43,6 +43,13 @@ def find_scans(folder: Path, ending: str, single_channel: bool = False) -> tuple
     return scans, [name for name in others if not (name.endswith(".json") and name.removesuffix(".json") in scans)]
 
 
+def no_scan(name: str, ending: str) -> str:
+    """What is wrong with a file's name that is no scan's."""
+    if name.lower().endswith(ending.lower()) and not name.endswith(ending):
+        return f"{name}: nnU-Net reads {ending}; rename it, the letters' case counts"
+    return f"{name}: not a scan; expected CASE_0000{ending}, CASE_0001{ending}, ..."
+
+
 def unlabeled_scans(folder: Path, dataset_json: dict) -> tuple[dict[str, list[Path]], list[str]]:
     """`find_scans` as a dataset's unlabeled scans are found, by every command and by the training.
 

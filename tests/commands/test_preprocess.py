@@ -319,11 +319,10 @@ def test_a_training_case_listed_in_dataset_json_is_refused(folder, images):
         preprocess(images=images)
 
 
-@pytest.mark.parametrize("there", ["no folder", "an empty folder", "hidden files only"])
+@pytest.mark.parametrize("there", ["an empty folder", "hidden files only"])
 def test_without_scans_both_ways_to_give_some_are_named(raw, folder, tmp_path, there):
     images = tmp_path / "images"
-    if there != "no folder":
-        images.mkdir()
+    images.mkdir()
     if there == "hidden files only":
         (images / ".DS_Store").write_text("")
     with pytest.raises(FileNotFoundError) as error:
@@ -547,6 +546,19 @@ def test_a_folder_without_exactly_one_dicom_series_is_named(single, single_targe
     with pytest.raises(ValueError, match=r"empty: cannot be read \(0 DICOM series in the folder, expected one\)"):
         preprocess_single(images=tmp_path)
     assert not single_target.exists()
+
+
+def test_what_is_no_folder_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    for name, text in (("file", "is a file"), ("nowhere", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=rf"-i .*{name} {text}. Give the folder"):
+            preprocess(images=tmp_path / name)
+
+
+def test_an_ending_in_capitals_is_to_be_renamed(folder, images):
+    (images / f"{CASES[0]}_0000.nii.gz").rename(images / "SCAN_0000.NII.GZ")
+    with pytest.raises(ValueError, match=r"SCAN_0000\.NII\.GZ: nnU-Net reads \.nii\.gz; rename it"):
+        preprocess(images=images)
 
 
 def test_plain_names_are_no_scans_where_there_are_several_channels(folder, images):

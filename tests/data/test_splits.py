@@ -118,6 +118,7 @@ def test_a_fifth_of_the_cases_is_held_out_and_at_least_one(count, val):
     [
         ([], None, "--labeled is empty"),
         ([2, 0], None, "--labeled 0 is too small"),
+        ([2, 3, 2], None, "--labeled has 2 more than once"),
         ([2], 0, "--val 0 is too small"),
         ([2, 8], 3, "--labeled 8 and --val 3 need 11 cases, but the dataset has 10"),
         ([9], None, "--labeled 9 and --val 2 need 11 cases"),
@@ -130,8 +131,13 @@ def test_impossible_numbers_are_refused_before_anything_is_written(raw, labeled,
 
 
 @pytest.mark.parametrize("dataset", ["7", "Dataset007_Ten"])
-def test_split_writes_what_nested_folds_draws(raw, dataset):
+def test_split_writes_what_nested_folds_draws_and_says_it(raw, dataset, capsys):
     path = split_dataset(dataset, [2, 4], val=3, seed=5)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in said] == [
+        "fold 0: 2 labeled, 3 for validation, 5 unlabeled",
+        "fold 1: 4 labeled, 3 for validation, 3 unlabeled",
+    ]
     assert path == raw.parent.parent / "preprocessed" / "Dataset007_Ten" / "splits_final.json"
     assert json.loads(path.read_text(encoding="utf-8")) == nested_folds(
         [f"case{case}" for case in range(10)], [2, 4], 3, 5
