@@ -122,6 +122,7 @@ def locked(file: Path, wait: bool = False) -> Iterator[None]:
     """Holds a file's lock; raises BlockingIOError where another process has it, unless told to wait."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as f:
+        os.set_inheritable(f.fileno(), True)  # a training that outlives this process keeps the lock
         fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
@@ -150,6 +151,7 @@ def measure(run: Run, on: str) -> None:
     """
     task = TASKS[run.task]
     dataset = str(maybe_convert_to_dataset_name(task.dataset))
+    scans(run, dataset, on)  # says what cannot be measured before anything is trained
     with locked(run.folder / "lock"):
         first = Run(run.task, FIRST_PHASE, run.seed, device=run.device)
         if not run.alone:
@@ -183,7 +185,7 @@ def call(run: Run, command: list[str], **options) -> None:
     environment = {**os.environ, "nnUNet_results": str(run.folder), "OMP_WAIT_POLICY": "PASSIVE"}
     if run.predicted_foreground:
         environment[PREDICTED_FOREGROUND] = str(TASKS[run.task].first_pseudo_dataset + run.seed)
-    subprocess.run([str(word) for word in command], check=True, env=environment, **options)
+    subprocess.run([str(word) for word in command], check=True, env=environment, close_fds=False, **options)
 
 
 def train(run: Run, dataset: str, trainer: str, start: Path | None = None) -> None:
@@ -228,6 +230,8 @@ def phase(args) -> None:
         weights = torch.load(args.start, map_location=device, weights_only=False)["network_weights"]
         trainer.network.load_state_dict(weights)
         seed_all(args.seed, 1)  # other batches than those of the first phase
+    if not hasattr(trainer, "companions"):
+        write_checkpoints_at_once(trainer)
     count_seconds(trainer, Path(nnUNet_results) / SECONDS_FILE)
     trainer.run_training()
 
@@ -237,6 +241,17 @@ def seed_all(seed: int, stream: int) -> None:
     number = seed + 1000 * stream
     for function in (random.seed, np.random.seed, torch.manual_seed):
         function(number)
+
+
+def write_checkpoints_at_once(trainer) -> None:
+    """A stock checkpoint appears when it is complete, as ours do: a half-written one would count as finished."""
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(filename):
+        with replacing(Path(filename)) as temporary:
+            save(str(temporary))
+
+    trainer.save_checkpoint = save_checkpoint
 
 
 def count_seconds(trainer, file: Path) -> None:
@@ -290,7 +305,12 @@ def label_scans(first: Run, dataset: str) -> str:
         f"nnUNetv2_extract_fingerprint -d {number} -np 1",
         f"nnUNetv2_preprocess -d {number} -c {task.base} -np 1",
     ]
-    if not (Path(nnUNet_raw) / name).is_dir():
+    labeled = first.folder / "labels_are_written"
+    if (Path(nnUNet_raw) / name).is_dir() and not labeled.is_file():
+        raise RuntimeError(
+            f"{Path(nnUNet_raw) / name} has labels of another model. Remove it, also in nnUNet_preprocessed."
+        )
+    if not labeled.is_file():
         commands = [
             f"nnunet-ssl pseudo-label -d {task.dataset} -c {task.base}_quick -f {task.fold} -o {number} -np 1 "
             f"-device {first.device}",
@@ -300,6 +320,7 @@ def label_scans(first: Run, dataset: str) -> str:
     with (first.folder / "labeling.log").open("w") as log:
         for command in commands:
             call(first, command.split(), stdout=log, stderr=subprocess.STDOUT)
+            labeled.touch()
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     add_seconds(done, {"labeling": end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime})
     return name
@@ -384,6 +405,8 @@ def record(run: Run, on: str, seconds: list[float], metrics: dict[str, list[floa
 
 def runs_of(args) -> list[Run]:
     settings = tuple(args.settings)
+    if args.alone and (SELF_TRAINING in args.methods or args.predicted_foreground):
+        raise SystemExit("--alone has no first phase that could label the unlabeled scans.")
     return [
         Run(args.task, method, seed, settings, args.alone, args.predicted_foreground, args.device)
         for seed in args.seeds
@@ -391,24 +414,36 @@ def runs_of(args) -> list[Run]:
     ]
 
 
+def runs_in(queue: Path, parser: argparse.ArgumentParser) -> list[tuple[Run, str]]:
+    """The runs of a queue's lines, each with the scans that it is measured on."""
+    found = []
+    for line in queue.read_text().splitlines():
+        words = shlex.split(line, comments=True)
+        try:
+            args = parser.parse_args(["run", *words]) if words else None
+        except SystemExit:  # argparse has said why; the line may be half-typed
+            continue
+        found += [(run, args.on) for run in runs_of(args)] if args else []
+    return found
+
+
 def work_through(queue: Path, parser: argparse.ArgumentParser) -> None:
     """Does the lines of a queue from the top, and looks at them anew after every run: they may change meanwhile.
 
-    What is measured, or being done by another call, is passed over. What fails is said, and left for the next call.
+    What is measured, or being done by another call, is passed over. What fails, or is no line of arguments, is said and
+    left for the next call.
     """
     failed = set()
     while True:
-        lines = [line.split("#")[0].strip() for line in queue.read_text().splitlines()]
-        parsed = [parser.parse_args(["run", *shlex.split(line)]) for line in lines if line]
-        for run, on in ((run, args.on) for args in parsed for run in runs_of(args)):
+        for run, on in runs_in(queue, parser):
             if (run, on) in failed or measured(run, on):
                 continue
             try:
                 measure(run, on)
             except BlockingIOError:
                 continue
-            except subprocess.CalledProcessError as error:
-                print(f"{run.task}, {run.row}, seed {run.seed} failed, see {run.folder}: {error}", flush=True)
+            except (Exception, SystemExit) as error:  # the other lines shall have their turn
+                print(f"{run.task}, {run.row}, seed {run.seed} failed, see {run.folder.parent}: {error}", flush=True)
                 failed.add((run, on))
             break
         else:
@@ -450,8 +485,11 @@ def main() -> None:
         phase(args)
     else:
         for one_run in runs_of(args):
-            if not measured(one_run, args.on):
-                measure(one_run, args.on)
+            try:
+                if not measured(one_run, args.on):
+                    measure(one_run, args.on)
+            except BlockingIOError:
+                raise SystemExit(f"Another call is at work on seed {one_run.seed} of {one_run.task}.") from None
 
 
 def literal(value: str):

@@ -195,11 +195,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         scales, mask = self._get_deep_supervision_scales(), configuration.use_mask_for_norm
         geometry = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         rotation, dummy_2d, initial_patch_size, mirror_axes = geometry
-        labels = {
-            "foreground_labels": manager.foreground_labels,
-            "regions": manager.foreground_regions if manager.has_regions else None,
-            "ignore_label": manager.ignore_label,
-        }
+        regions, ignored = manager.foreground_regions if manager.has_regions else None, manager.ignore_label
+        labels = {"foreground_labels": manager.foreground_labels, "regions": regions, "ignore_label": ignored}
         augmentation = (configuration.patch_size, rotation, scales, mirror_axes, dummy_2d)
         transforms = self.get_training_transforms(*augmentation, use_mask_for_norm=mask, **labels)
         if self.seed is not None:
@@ -209,9 +206,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         known = {"training": train.identifiers, "validation": val.identifiers}
         folder, plans, name = Path(self.preprocessed_dataset_folder_base), self.plans_manager, self.configuration_name
         unlabeled = preflight.unlabeled_dataset(folder, plans, name, self.fold, known, self.dataset_json)
-        if self.dataloader_train is None:
-            description = preflight.describe(self, SemiSupervisedTrainer, known, unlabeled)
-            self.print_to_log_file(description, add_timestamp=False)
+        description = preflight.describe(self, SemiSupervisedTrainer, known, unlabeled)
+        self.print_to_log_file(description, add_timestamp=False)
         sampling = {name: getattr(self, name) for name in SAMPLING}
         sizes = (self.batch_size, initial_patch_size, configuration.patch_size)
         others = None if self.supervised_phase else unlabeled
@@ -255,6 +251,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.print_to_log_file("The semi-supervised phase begins: companions, learning rate and momentum are new.")
             self._restart_companions()
             self._restart_optimizer()
+            self._best_ema = None  # the Dice falls at first: the best of this phase shall be kept
             stop_loaders(self.dataloader_train, self.dataloader_val)
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         super().on_train_epoch_start()
@@ -390,11 +387,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._restart_optimizer()
         with checkpoints.first_group_only(self.optimizer):
             super().load_checkpoint(str(file))
-        if state is None:  # written by stock nnU-Net: the companions start from its weights
-            self._restart_companions()
+        if state is None:  # written by stock nnU-Net
             self.step = max(0, self.current_epoch - self.supervised_epochs) * self.num_iterations_per_epoch
+            self._restart_companions()
             return
         checkpoints.restore(state, networks, self.optimizer)
         self.step = state["step"]
+        if self.step == 0 < self.supervised_epochs:  # its companions were never trained
+            self._restart_companions()
         # it is rank 0's: the others would draw the same crops and masks
         self._resume_random_state = state["random_state"] if self.local_rank == 0 else None

@@ -35,13 +35,15 @@ def test_the_part_of_the_gap_and_its_interval():
 
 def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
     cases = [f"patient{n:03d}_frame0{f}" for n in range(6) for f in (1, 2)]
-    ours = {seed: {c: 80 + i for i, c in enumerate(cases)} for seed in (0, 1)}
-    theirs = {seed: {c: 78 + i + 50 * (seed == 2) for i, c in enumerate(cases)} for seed in (1, 2)}
+    ours = {seed: {c: 80 + i for i, c in enumerate(cases)} for seed in (0, 1, 3)}
+    theirs = {seed: {c: 78 + i + 50 * (seed == 2) for i, c in enumerate(cases)} for seed in (1, 2, 3)}
     method, other = (ruler.Scores(rows("x", dice)) for dice in (ours, theirs))
-    assert method.metrics.shape == (2, 6, 3)
+    assert method.metrics.shape == (3, 6, 3)
     difference, p = ruler.against(method, other)
     assert difference == pytest.approx(2)
     assert p == pytest.approx(2 / 2**6)  # six patients, all of one sign
+    single = ruler.Scores(rows("x", {1: theirs[1]}))
+    assert np.isnan(ruler.against(method, single)[1])
 
 
 def test_a_class_that_is_not_found_counts_as_zero(tmp_path):

@@ -27,4 +27,4 @@ def whole_epochs(part: float, epochs: int) -> int:
     """
     if not 0 <= part < 1:
         raise ValueError(f"supervised_part is at least 0 and below 1, not {part}.")
-    return int(part * epochs)
+    return int(part * epochs + 1e-9)  # 0.29 * 100 is 28.999...

@@ -220,11 +220,14 @@ def _check_images_un(title: str, images_un: Path, folder: Path, fix: str) -> Ite
     """Every case of imagesUn is preprocessed into `folder`; nothing when there are no cases in either."""
     from nnunet_ssl.data.dataset_json import read_dataset_json
     from nnunet_ssl.data.preprocessed import finished_cases
-    from nnunet_ssl.data.scans import unlabeled_scans
+    from nnunet_ssl.data.scans import no_scan, unlabeled_scans
 
     dataset_json = read_dataset_json(folder.parent / "dataset.json", "channel_names", "file_ending")
-    raw = unlabeled_scans(images_un, dataset_json)[0].keys()
-    finished = finished_cases(folder)
+    scans, others = unlabeled_scans(images_un, dataset_json)
+    raw, finished = scans.keys(), finished_cases(folder)
+    if others:
+        text = f"imagesUn: {len(others)} files are no scans, as {no_scan(others[0], dataset_json['file_ending'])}"
+        yield Check(title, False, text, f"rename or remove them in {images_un}")
     if raw or finished:
         missing = len(raw - finished)
         text = f"imagesUn: {len(raw)} cases, {len(finished)} finished in {folder.name}"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
-from nnunet_ssl.data.scans import name_problems, reading_problems, reserved_names, unlabeled_scans, unpacked
+from nnunet_ssl.data.scans import name_problems, no_scan, reading_problems, reserved_names, unlabeled_scans, unpacked
 from nnunet_ssl.data.splits import read_fold, save_splits
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
@@ -166,7 +166,13 @@ def finished_labels(unfinished: Path, record: str, scans: dict[str, list[str]], 
         return set()
     labels = {case: unfinished / "labelsTr" / f"{case}{ending}" for case in scans}
     written = {case: label.stat().st_mtime_ns for case, label in labels.items() if label.is_file()}
-    return {case for case, time in written.items() if all(os.stat(f).st_mtime_ns <= time for f in scans[case])}
+    return {case for case, time in written.items() if all(changed_at(f) <= time for f in scans[case])}
+
+
+def changed_at(scan: str | Path) -> int:
+    """When a scan was written, in ns; of a DICOM series its newest file."""
+    files = [scan, *Path(scan).iterdir()] if os.path.isdir(scan) else [scan]
+    return max(os.stat(file).st_mtime_ns for file in files)
 
 
 def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, ending: str) -> None:
@@ -208,7 +214,7 @@ def convert_series(case: str, files: list[str], unfinished: Path, ending: str) -
     if not source.is_dir():
         return files
     target = unfinished / "imagesTr" / f"{case}_0000{ending}"
-    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+    if not target.is_file() or changed_at(target) < changed_at(source):
         target.parent.mkdir(exist_ok=True)
         with unpacked(source, ending) as path, replacing(target) as temporary:
             shutil.copyfile(path, temporary)
@@ -254,9 +260,10 @@ def sort_cases(
     if twice:
         raise ValueError(f"{splits}: cases of fold {fold} are unlabeled and labeled at once: {', '.join(twice[:5])}.")
     scans = {case: cases[case]["images"] for case in entry.get("unlabeled", [])}
-    own, _ = unlabeled_scans(raw / "imagesUn", dataset_json)
+    own, others = unlabeled_scans(raw / "imagesUn", dataset_json)
     reserved = reserved_names(raw, splits.parent, dataset_json, set())
-    problems = name_problems(own, f"rename or remove it in {raw / 'imagesUn'}", reserved)
+    problems = [no_scan(name, dataset_json["file_ending"]) for name in others]
+    problems += name_problems(own, f"rename or remove it in {raw / 'imagesUn'}", reserved)
     if problems:
         raise ValueError("Unlabeled scans need names of their own:\n  " + "\n  ".join(problems))
     scans |= {case: [str(file) for file in files] for case, files in own.items()}

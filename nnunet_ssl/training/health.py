@@ -89,7 +89,7 @@ class Health:
         outputs = {name: [step[name] for step in steps if name in step] for name in names}
         for name, values in outputs.items():
             bad = np.sum(~np.isfinite(values))
-            if bad and name != "loss":
+            if bad and (name != "loss" or len(outputs) == 1):  # the sum of the terms, where there are some
                 self.log(
                     f"WARNING: the loss term {name} was NaN or infinite in {bad} of {len(values)} steps of this epoch."
                 )

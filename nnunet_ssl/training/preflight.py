@@ -7,6 +7,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2 import paths
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -25,12 +26,20 @@ from nnunet_ssl.data.splits import CROSSVAL_FOLDS, check_fold, read_fold
 
 
 def refuse_unsupported(trainer: type, base: type, configuration: str, cascaded: bool) -> None:
-    """Raises NotImplementedError for a trainer whose step is not that of `base`, and for a cascade."""
+    """Raises NotImplementedError for a trainer whose step is not that of `base`, and for a cascade.
+
+    And for a supervised phase where nnU-Net's schedule of the learning rate has phases of its own.
+    """
     owner = next(cls for cls in trainer.__mro__ if "train_step" in vars(cls))
     if not issubclass(owner, base):
         raise NotImplementedError(
             f"{trainer.__name__} would train with {owner.__name__}.train_step, without unlabeled scans. Name the "
             f"semi-supervised trainer first among its base classes."
+        )
+    if trainer.supervised_part > 0 and issubclass(trainer, nnUNetTrainer_warmup):
+        raise NotImplementedError(
+            f"{trainer.__name__} has supervised_part = {trainer.supervised_part}, but nnU-Net's learning rate with a "
+            f"warm-up has one course over the whole training. Set supervised_part = 0."
         )
     if cascaded:
         raise NotImplementedError(

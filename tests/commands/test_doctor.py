@@ -170,6 +170,12 @@ def test_no_unlabeled_cases_at_all_fails(capsys, dataset):
     assert "nnunet-ssl preprocess -d 901 -c 3d_fullres" in out
 
 
+def test_files_of_images_un_that_are_no_scans_are_named(capsys, dataset):
+    touch(raw(dataset) / "imagesUn", "plain.nii.gz")
+    assert doctor("901", ["3d_fullres"]) == 1
+    assert "1 files are no scans, as plain.nii.gz: not a scan; expected CASE_0000.nii.gz" in capsys.readouterr().out
+
+
 def test_images_un_must_all_be_preprocessed(capsys, dataset):
     touch(raw(dataset) / "imagesUn", "u_0_0000.nii.gz", "u_0_0001.nii.gz", "u_1_0000.nii.gz", "u_2_0000.nii.gz")
     touch(dataset / "plans_3d_unlabeled", *case_files("u_0"), *case_files("u_1")[:2])  # u_1 was interrupted

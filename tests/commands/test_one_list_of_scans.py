@@ -48,7 +48,7 @@ def test_preprocess_doctor_and_training_find_the_same_scans(dataset, capsys):
     assert "not preprocessed" not in log
 
 
-def test_pseudo_label_takes_them_too_and_stock_nnunet_reads_the_result(dataset):
+def test_pseudo_label_takes_them_too_and_stock_nnunet_reads_the_result(dataset, capsys):
     seed()
     make_trainer(nnUNetTrainer, dataset).run_training()
     options = "-d 985 -c 3d_fullres -f 0 -o 986 -device cpu -np 1 --disable_tta"
@@ -64,6 +64,9 @@ def test_pseudo_label_takes_them_too_and_stock_nnunet_reads_the_result(dataset):
     )
     read = [sitk.GetArrayFromImage(image) for image in (sitk.ReadImage(series), sitk.ReadImage(str(converted)))]
     assert np.array_equal(*read)
+    (folder.parent / "Dataset985_Names/imagesUn/SCAN.NII.GZ").touch()
+    assert main(["pseudo-label", *options.replace("986", "987").split()]) == 1
+    assert "SCAN.NII.GZ: nnU-Net reads .nii.gz; rename it" in capsys.readouterr().err
     tiny.preprocess(986, ("3d_fullres",))
     data = Path(paths.nnUNet_preprocessed) / folder.name / "nnUNetPlans_3d_fullres"
     assert {file.stem for file in data.glob("*.pkl")} == {*CASES, "case_000", "case_001", "case_002"}

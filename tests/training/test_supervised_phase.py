@@ -7,14 +7,26 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.data.loading import UnlabeledDataset
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 from nnunet_ssl.training.history import draw
+
+
+class DeploysTheTeacher(nnUNetTrainerM3HL):
+    def inference_network(self):
+        return self.companions.teacher
+
+
+class WarmsUp(nnUNetTrainerMeanTeacher, nnUNetTrainer_warmup):
+    supervised_part = 0.5
+
 
 TWO_AND_TWO = {"num_epochs": 4, "supervised_part": 0.5, "save_every": 1}
 
@@ -99,7 +111,7 @@ def test_at_the_boundary_companions_learning_rate_and_momentum_are_new(tiny_data
 
 def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_dataset):
     seed()
-    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **TWO_AND_TWO)
+    trainer = make_trainer(DeploysTheTeacher, tiny_dataset, **TWO_AND_TWO)
     epochs = recorded(trainer)
     trainer.run_training()
     state = torch.load(epochs[0][2], weights_only=False)
@@ -107,8 +119,11 @@ def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_d
     assert state[CHECKPOINT_KEY]["inference_network"] == "student"
     for done in (1, 2, 3):
         seed(99)
-        resumed = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=4, supervised_part=0.0)
+        resumed = make_trainer(DeploysTheTeacher, tiny_dataset, num_epochs=4, supervised_part=0.0)
         resumed.load_checkpoint(str(epochs[done - 1][2]))
+        if done < 3:  # where the phase ends the student is validated, by any name
+            assert same(weights(resumed._deployed()), epochs[done - 1][0])
+            assert same(weights(resumed.companions.teacher), epochs[done - 1][0])
         later = recorded(resumed)
         assert resumed.supervised_epochs == 2  # that of the training which is continued
         resumed.run_training()
@@ -117,7 +132,9 @@ def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_d
             assert same(ours, theirs), done
 
 
-@pytest.mark.parametrize(("part", "epochs", "expected"), [(0.0, 4, 0), (0.5, 1, 0), (0.5, 3, 1), (0.3, 10, 3)])
+@pytest.mark.parametrize(
+    ("part", "epochs", "expected"), [(0.0, 4, 0), (0.5, 1, 0), (0.5, 3, 1), (0.3, 10, 3), (0.29, 100, 29)]
+)
 def test_the_phase_has_whole_epochs_and_leaves_one_for_the_method(part, epochs, expected, tiny_dataset):
     trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=epochs, supervised_part=part)
     trainer.initialize()
@@ -130,6 +147,18 @@ def test_a_part_that_leaves_nothing_is_refused(part, tiny_dataset):
     trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, supervised_part=part)
     with pytest.raises(ValueError, match=f"supervised_part is at least 0 and below 1, not {part}"):
         trainer.initialize()
+
+
+def test_a_warm_up_of_the_learning_rate_is_refused(tiny_dataset):
+    with pytest.raises(NotImplementedError, match=r"WarmsUp has supervised_part = 0\.5, but nnU-Net's learning rate"):
+        make_trainer(WarmsUp, tiny_dataset).initialize()
+
+
+def test_a_loss_that_is_not_finite_is_told(tiny_dataset):
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **TWO_AND_TWO)
+    trainer.health.end_epoch([{"loss": np.nan}, {"loss": 1.0}])
+    text = "WARNING: the loss term loss was NaN or infinite in 1 of 2 steps"
+    assert text in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 def test_the_picture_marks_the_boundary():
