@@ -53,48 +53,28 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from tasks import (
+    METRICS,
+    RESULTS,
+    RUN,
+    SECONDS,
+    SELF_TRAINING,
+    SUPERVISED,
+    TASKS,
+    Task,
+    mean_of_present,
+    read_rows,
+    table_file,
+)
 
 from nnunet_ssl.commands.demo import small_configuration
 from nnunet_ssl.commands.evaluate import case_metrics
 from nnunet_ssl.data.preprocessed import PREDICTED_FOREGROUND
 from nnunet_ssl.system.files import replacing
 
-RESULTS = Path(__file__).parent / "results"
 FIRST_PHASE = "first_phase"  # folder of the supervised training that every row starts from
 SECONDS_FILE, LABELING_SECONDS = "seconds.json", "labeling_seconds.json"  # processor time, in a run's folder
-SUPERVISED, SELF_TRAINING = "supervised", "self-training"  # rows that are no trainer's name
 STEPS_PER_EPOCH = 250
-RUN = ["row", "seed"]  # what identifies a run in the table of a task
-SECONDS = ["first_seconds", "second_seconds"]  # of one core, what the phases took; labeling is in the second
-METRICS = ["dice", "hd95", "asd"]  # per case, means over the classes: percent; distances in the task's unit
-
-
-@dataclass(frozen=True)
-class Task:
-    dataset: int
-    fold: int
-    base: str  # the configuration on whose data the small network is trained
-    patch: tuple[int, ...]  # voxels
-    features: tuple[int, ...]  # per stage; every stage halves every axis
-    batch_size: int
-    steps: int  # of a phase
-    unit: str  # of the distances: "mm", or "voxels" where the scans came without a spacing
-    first_pseudo_dataset: int | None = None  # id for seed 0, the other seeds follow; None: all labels are known
-    hidden: int = 0  # unlabeled scans whose labels serve for development, beside the validation cases
-
-
-LA = {"dataset": 501, "base": "3d_fullres", "patch": (20, 28, 28), "features": (16, 32, 64), "batch_size": 4}
-LA |= {"steps": 4000, "unit": "mm", "hidden": 22}
-ACDC = {"dataset": 503, "base": "2d", "patch": (112, 112), "features": (16, 32, 64, 128, 128), "batch_size": 8}
-ACDC |= {"steps": 2500, "unit": "voxels"}
-TASKS = {
-    "LA-8": Task(fold=0, first_pseudo_dataset=510, **LA),
-    "LA-4": Task(fold=1, first_pseudo_dataset=520, **LA),
-    "LA-60": Task(fold=3, **LA),
-    "ACDC-7": Task(fold=0, first_pseudo_dataset=530, **ACDC),
-    "ACDC-3": Task(fold=1, first_pseudo_dataset=540, **ACDC),
-    "ACDC-60": Task(fold=3, **ACDC),
-}
 
 
 @dataclass(frozen=True)
@@ -190,10 +170,9 @@ def call(run: Run, command: list[str], **options) -> None:
 
 def train(run: Run, dataset: str, trainer: str, start: Path | None = None) -> None:
     """Trains a phase in a process of its own unless it is done, or goes on with it."""
-    final = checkpoint(run, dataset, trainer)
-    if final.is_file():
-        return
     add_configuration(dataset, TASKS[run.task])
+    if checkpoint(run, dataset, trainer).is_file():
+        return
     print(f"{run.task}, {run.row}, seed {run.seed}: training", flush=True)
     command = [sys.executable, __file__, "phase", run.task, run.method, "--seed", run.seed, "--device", run.device]
     command += ["--dataset", dataset, "--trainer", trainer]
@@ -370,25 +349,6 @@ def case_means(prediction: Path, reference: Path, labels: list[int], unit: str) 
     names = ("Dice", f"HD95_{unit}", f"ASD_{unit}")
     dice, *distances = (mean_of_present([metrics[name] for metrics in classes]) for name in names)
     return [100 * dice, *distances]
-
-
-def mean_of_present(values: list[float]) -> float:
-    """Mean of what is not NaN; NaN where everything is."""
-    present = [value for value in values if not np.isnan(value)]
-    return statistics.mean(present) if present else float("nan")
-
-
-def table_file(task: str, on: str) -> Path:
-    return RESULTS / f"{task}{'_development' * (on == 'development')}.csv"
-
-
-def read_rows(task: str, on: str) -> list[list[str]]:
-    """The cells of a task's table without its header; none where there is no table yet."""
-    file = table_file(task, on)
-    if not file.is_file():
-        return []
-    with file.open(newline="") as f:
-        return list(csv.reader(f))[1:]
 
 
 def record(run: Run, on: str, seconds: list[float], metrics: dict[str, list[float]]) -> None:

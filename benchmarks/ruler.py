@@ -21,8 +21,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from methods import RESULTS, RUN, SECONDS, SELF_TRAINING, SUPERVISED, TASKS, mean_of_present, read_rows, table_file
 from scipy import stats
+from tasks import RESULTS, RUN, SECONDS, SELF_TRAINING, SUPERVISED, TASKS, mean_of_present, read_rows, table_file
 
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
