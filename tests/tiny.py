@@ -226,14 +226,12 @@ def nnunet_command(program: str, *arguments: str) -> str:
     A process of its own would import everything again, for longer than it works.
     """
     (command,) = metadata.entry_points(group="console_scripts", name=program)
-    threads, output = torch.get_num_threads(), io.StringIO()
+    output = io.StringIO()
     with (
         redirect_stdout(output),
         mock.patch.object(sys, "argv", [program, *arguments]),
         mock.patch.object(multiprocessing, "get_context", return_value=multiprocessing.dummy),
+        mock.patch.object(torch, "set_num_threads"),  # nnU-Net takes all cores, where other tests run too
     ):
-        try:
-            command.load()()
-        finally:
-            torch.set_num_threads(threads)  # nnU-Net takes all cores
+        command.load()()
     return output.getvalue()
