@@ -19,7 +19,6 @@ calls as there are cores, or give --threads.
 """
 
 import argparse
-import ast
 import csv
 import json
 import math
@@ -36,6 +35,7 @@ os.environ.setdefault("nnUNet_compile", "0")
 import numpy as np
 import SimpleITK as sitk
 import torch
+from methods import literal, use_channels_last
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
@@ -110,18 +110,6 @@ def train(args, dataset: str, configuration: str, trainer_name: str, fold: int) 
 
 def model_folder(args, dataset: str, configuration: str, trainer: str) -> Path:
     return Path(nnUNet_results) / dataset / f"{model_name(args, trainer)}__nnUNetPlans__{configuration}"
-
-
-def use_channels_last(trainer) -> None:
-    """Weights in the memory format whose convolutions are a quarter faster on a CPU; results differ by rounding."""
-    initialize = trainer.initialize
-
-    def initialize_channels_last():
-        initialize()
-        for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
-            network.to(memory_format=torch.channels_last_3d)
-
-    trainer.initialize = initialize_channels_last
 
 
 def use_bf16(trainer) -> None:
@@ -291,13 +279,6 @@ def main() -> None:
                 record(args, [str(value) for value in run], metrics)
                 dice = statistics.mean(values[0] for values in metrics.values())
                 print(f"{name}, fold {fold}, {network}: Dice {dice:.2f}", flush=True)
-
-
-def literal(value: str):
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a plain word
-        return value
 
 
 if __name__ == "__main__":

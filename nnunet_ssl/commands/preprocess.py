@@ -76,10 +76,7 @@ def preprocess_unlabeled(
     for target, configuration in targets.items():
         check_settings(target, preprocessing_settings(plans, configuration))
 
-    if images is not None and not Path(images).is_dir():
-        kind = "is a file" if Path(images).exists() else "does not exist"
-        raise FileNotFoundError(f"-i {images} {kind}. Give the folder that the scans are in.")
-    images = raw / "imagesUn" if images is None else Path(images)
+    images = raw / "imagesUn" if images is None else existing_folder(Path(images))
     scans, unrecognised = unlabeled_scans(images, dataset_json)
     if not scans and not unrecognised:
         dataset_id = convert_dataset_name_to_id(name)
@@ -116,6 +113,14 @@ def preprocess_unlabeled(
         print(f"{len(cases | scans.keys())} unlabeled cases in {target}, {len(scans.keys() - cases)} of them new.")
         if cases - everything:
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - everything))}")
+
+
+def existing_folder(images: Path) -> Path:
+    """The folder itself; raises FileNotFoundError where it is missing, or a file."""
+    if not images.is_dir():
+        kind = "is a file" if images.exists() else "does not exist"
+        raise FileNotFoundError(f"-i {images} {kind}. Give the folder that the scans are in.")
+    return images
 
 
 def write_cases(

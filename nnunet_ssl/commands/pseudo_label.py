@@ -49,10 +49,9 @@ def pseudo_label(
     This is what nnU-Net's maintainers recommend where most scans have no labels, and so the baseline of every
     semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
     new folder; a DICOM series is converted into a file there. The entry "pseudo_labels" says which cases a model has
-    labeled, and which model. The plans of the source dataset and a split with the source fold's validation cases,
-    whose labels are true, go to nnUNet_preprocessed. Nothing of the new dataset exists until all scans are labeled. A
-    run that was interrupted goes on where it stopped: labels of the same model are kept, except where the scan is
-    newer.
+    labeled, and which model. The plans and a split with the fold's validation cases, whose labels are true, go to
+    nnUNet_preprocessed. Nothing of the new dataset exists until all scans are labeled. A run that was interrupted goes
+    on where it stopped: labels of the same model are kept, except where the scan is newer.
 
     Args:
         dataset: id or name of the source dataset.
@@ -103,13 +102,13 @@ def pseudo_label(
     check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
     start_or_resume(unfinished, record, kept, len(scans), ending)
     scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
-    left = {case: scans[case] for case in left}
     if left:
-        predict(left, unfinished, model, fold, checkpoint, device, num_processes, mirroring)
+        predict(
+            {case: scans[case] for case in left}, unfinished, model, fold, checkpoint, device, num_processes, mirroring
+        )
 
     provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
-    true_labels = {case: cases[case] for case in sorted(labeled + validation)}
-    entries = dataset_entries(unfinished, true_labels, scans, ending)
+    entries = dataset_entries(unfinished, {c: cases[c] for c in sorted(labeled + validation)}, scans, ending)
     own_entries = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
     splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}] if validation else []
     publish(unfinished, folder, dataset_json | own_entries, splits)
