@@ -86,6 +86,7 @@ class Run:
     alone: bool = False
     predicted_foreground: bool = False
     device: str = "cpu"
+    bf16: bool = False
 
     @property
     def row(self) -> str:
@@ -133,7 +134,7 @@ def measure(run: Run, on: str) -> None:
     dataset = str(maybe_convert_to_dataset_name(task.dataset))
     scans(run, dataset, on)  # says what cannot be measured before anything is trained
     with locked(run.folder / "lock"):
-        first = Run(run.task, FIRST_PHASE, run.seed, device=run.device)
+        first = Run(run.task, FIRST_PHASE, run.seed, device=run.device, bf16=run.bf16)
         if not run.alone:
             with locked(first.folder / "lock"):
                 train(first, dataset, "nnUNetTrainer")
@@ -178,6 +179,7 @@ def train(run: Run, dataset: str, trainer: str, start: Path | None = None) -> No
     command += ["--dataset", dataset, "--trainer", trainer]
     command += ["--start", start] if start else []
     command += ["--set", *run.settings] if run.settings else []
+    command += ["--bf16"] * run.bf16
     with (run.folder / "training.log").open("a") as log:
         call(run, command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -199,6 +201,8 @@ def phase(args) -> None:
         setattr(trainer, name, literal(value))
     if args.device == "cpu" and len(task.patch) == 3:
         use_channels_last(trainer)
+    if args.bf16:
+        use_bf16(trainer)
     latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
     if latest.is_file():
         trainer.load_checkpoint(str(latest))
@@ -270,6 +274,20 @@ def use_channels_last(trainer) -> None:
             network.to(memory_format=torch.channels_last_3d)
 
     trainer.initialize = initialize_channels_last
+
+
+def use_bf16(trainer) -> None:
+    """Trains in bfloat16 autocast on a CPU, as nnU-Net trains in float16 on CUDA; losses in float32."""
+    initialize, step = trainer.initialize, trainer.train_step
+
+    def initialize_with_float_logits():
+        initialize()
+        for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
+            for layer in network.decoder.seg_layers:
+                layer.register_forward_hook(lambda module, inputs, output: output.float())
+
+    trainer.initialize = initialize_with_float_logits
+    trainer.train_step = torch.autocast("cpu", torch.bfloat16)(step)
 
 
 def label_scans(first: Run, dataset: str) -> str:
@@ -368,26 +386,26 @@ def runs_of(args) -> list[Run]:
     if args.alone and (SELF_TRAINING in args.methods or args.predicted_foreground):
         raise SystemExit("--alone has no first phase that could label the unlabeled scans.")
     return [
-        Run(args.task, method, seed, settings, args.alone, args.predicted_foreground, args.device)
+        Run(args.task, method, seed, settings, args.alone, args.predicted_foreground, args.device, args.bf16)
         for seed in args.seeds
         for method in args.methods
     ]
 
 
-def runs_in(queue: Path, parser: argparse.ArgumentParser) -> list[tuple[Run, str]]:
+def runs_in(queue: Path, bf16: bool, parser: argparse.ArgumentParser) -> list[tuple[Run, str]]:
     """The runs of a queue's lines, each with the scans that it is measured on."""
     found = []
     for line in queue.read_text().splitlines():
         words = shlex.split(line, comments=True)
         try:
-            args = parser.parse_args(["run", *words]) if words else None
+            args = parser.parse_args(["run", *words, *["--bf16"] * bf16]) if words else None
         except SystemExit:  # argparse has said why; the line may be half-typed
             continue
         found += [(run, args.on) for run in runs_of(args)] if args else []
     return found
 
 
-def work_through(queue: Path, parser: argparse.ArgumentParser) -> None:
+def work_through(queue: Path, bf16: bool, parser: argparse.ArgumentParser) -> None:
     """Does the lines of a queue from the top, and looks at them anew after every run: they may change meanwhile.
 
     What is measured, or being done by another call, is passed over. What fails, or is no line of arguments, is said and
@@ -395,7 +413,7 @@ def work_through(queue: Path, parser: argparse.ArgumentParser) -> None:
     """
     failed = set()
     while True:
-        for run, on in runs_in(queue, parser):
+        for run, on in runs_in(queue, bf16, parser):
             if (run, on) in failed or measured(run, on):
                 continue
             try:
@@ -437,9 +455,11 @@ def main() -> None:
             "--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE", help="trainer attributes"
         )
         command.add_argument("--device", default="cpu")
+    for command in (run, queue, one):
+        command.add_argument("--bf16", action="store_true", help="train in bfloat16; for CPUs with avx512_bf16 or AMX")
     args = parser.parse_args()
     if args.command == "queue":
-        work_through(args.file, parser)
+        work_through(args.file, args.bf16, parser)
     elif args.command == "phase":
         torch.set_num_threads(1)
         phase(args)
