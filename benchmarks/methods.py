@@ -67,6 +67,7 @@ from tasks import (
     table_file,
 )
 
+from nnunet_ssl.cli import main as nnunet_ssl_command
 from nnunet_ssl.commands.demo import small_configuration
 from nnunet_ssl.commands.evaluate import case_metrics
 from nnunet_ssl.data.preprocessed import PREDICTED_FOREGROUND
@@ -308,8 +309,9 @@ def label_scans(first: Run, dataset: str) -> str:
             f"{Path(nnUNet_raw) / name} has labels of another model. Remove it, also in nnUNet_preprocessed."
         )
     if not labeled.is_file():
+        ours = f"{sys.executable} {__file__} command" if first.bf16 else "nnunet-ssl"
         commands = [
-            f"nnunet-ssl pseudo-label -d {task.dataset} -c {task.base}_quick -f {task.fold} -o {number} -np 1 "
+            f"{ours} pseudo-label -d {task.dataset} -c {task.base}_quick -f {task.fold} -o {number} -np 1 "
             f"-device {first.device}",
             *commands,
         ]
@@ -444,6 +446,8 @@ def main() -> None:
     )
     queue = commands.add_parser("queue", help="work through a file with arguments of `run`, one run after the other")
     queue.add_argument("file", type=Path)
+    other = commands.add_parser("command", help="used by `run`: a command of nnunet-ssl whose networks run in bfloat16")
+    other.add_argument("arguments", nargs=argparse.REMAINDER)
     one = commands.add_parser("phase", help="used by `run`: one training in this process")
     one.add_argument("task")
     one.add_argument("method")
@@ -460,6 +464,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "queue":
         work_through(args.file, args.bf16, parser)
+    elif args.command == "command":
+        with torch.autocast("cpu", torch.bfloat16):
+            raise SystemExit(nnunet_ssl_command(args.arguments))
     elif args.command == "phase":
         torch.set_num_threads(1)
         phase(args)

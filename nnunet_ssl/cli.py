@@ -33,6 +33,34 @@ def _command(commands, name: str, run: Callable, description: str) -> argparse.A
     return parser
 
 
+def _arguments(options) -> dict:
+    """What was typed, by the names of the parameters of the function that does a command's work."""
+    ours = {"command", "run", "check", "traceback"}
+    return {name: value for name, value in vars(options).items() if name not in ours}
+
+
+def _add_model(parser: argparse.ArgumentParser, folds: str = "one") -> None:
+    """Adds -d, -c, -p and -f: of a trained model "one" fold, "some", or "all trained" ones where none is given."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
+    parser.add_argument("-c", dest="configuration", required=True, help="configuration, as 3d_fullres")
+    parser.add_argument("-p", dest="plans_identifier", default="nnUNetPlans", help="plans identifier")
+    if folds == "one":
+        parser.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold, a number or all")
+        return
+    needed, default = folds == "some", "" if folds == "some" else " (default: all that are trained)"
+    text = f"folds, numbers or all{default}"
+    parser.add_argument("-f", dest="folds", nargs="+", type=_number_or_all, required=needed, help=text)
+
+
+def _add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Adds what is asked of a command that predicts scans."""
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
+    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
+    parser.add_argument(
+        "--disable_tta", dest="mirroring", action="store_false", help="no mirroring: faster, less accurate"
+    )
+
+
 # nnU-Net is imported inside the functions: it takes seconds, and `--help` should not
 
 
@@ -141,7 +169,7 @@ def _add_split(commands) -> None:
 def _split(options) -> None:
     from nnunet_ssl.commands.split import split_dataset
 
-    path = split_dataset(options.dataset, options.labeled, options.val, options.seed, options.overwrite)
+    path = split_dataset(**_arguments(options))
     print(f"Wrote {len(options.labeled)} folds to {path}.")
 
 
@@ -149,8 +177,8 @@ def _add_preprocess(commands) -> None:
     parser = _command(commands, "preprocess", _preprocess, "Preprocess unlabeled scans with the dataset's plans.")
     parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
     parser.add_argument("-c", dest="configurations", nargs="+", required=True, help="configurations, as 3d_fullres")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
-    parser.add_argument("-i", dest="input", type=Path, help="folder with the scans (default: the dataset's imagesUn)")
+    parser.add_argument("-p", dest="plans_identifier", default="nnUNetPlans", help="plans identifier")
+    parser.add_argument("-i", dest="images", type=Path, help="folder with the scans (default: the dataset's imagesUn)")
     parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
     parser.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
@@ -159,33 +187,18 @@ def _add_preprocess(commands) -> None:
 def _preprocess(options) -> None:
     from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 
-    preprocess_unlabeled(
-        options.dataset,
-        options.configurations,
-        options.plans,
-        options.input,
-        options.num_processes,
-        options.num_parts,
-        options.part_id,
-    )
+    preprocess_unlabeled(**_arguments(options))
 
 
 def _add_pseudo_label(commands) -> None:
     parser = _command(
         commands, "pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model."
     )
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    parser.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
-    parser.add_argument(
-        "-f", dest="fold", type=_number_or_all, required=True, help="fold of the model, a number or all"
-    )
+    _add_model(parser)
     parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
-    parser.add_argument("-o", dest="output", type=int, required=True, help="id of the dataset that is written")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
-    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
-    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    parser.add_argument("-o", dest="output_id", type=int, required=True, help="id of the dataset that is written")
+    _add_prediction(parser)
 
 
 def _pseudo_label(options) -> None:
@@ -193,41 +206,26 @@ def _pseudo_label(options) -> None:
 
     from nnunet_ssl.commands.pseudo_label import pseudo_label
 
-    folder = pseudo_label(
-        options.dataset,
-        options.configuration,
-        options.fold,
-        options.output,
-        options.trainer,
-        options.plans,
-        options.checkpoint,
-        options.device,
-        options.num_processes,
-        not options.disable_tta,
-    )
+    folder = pseudo_label(**_arguments(options))
     splits = Path(nnUNet_preprocessed) / folder.name / "splits_final.json"
     # without validation cases nnU-Net would draw some, those with predicted labels among them
     fold = 0 if splits.is_file() else "all"
+    plans = options.plans_identifier
     print(
         f"Wrote {folder}. Train on it, with the same plans:\n"
-        f"  nnUNetv2_extract_fingerprint -d {options.output}\n"
-        f"  nnUNetv2_preprocess -d {options.output} -plans_name {options.plans} -c {options.configuration}\n"
-        f"  nnUNetv2_train {options.output} {options.configuration} {fold} -p {options.plans}"
+        f"  nnUNetv2_extract_fingerprint -d {options.output_id}\n"
+        f"  nnUNetv2_preprocess -d {options.output_id} -plans_name {plans} -c {options.configuration}\n"
+        f"  nnUNetv2_train {options.output_id} {options.configuration} {fold} -p {plans}"
     )
 
 
 def _add_export(commands) -> None:
     parser = _command(commands, "export", _export, "Write a trained model that plain nnU-Net predicts with.")
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    parser.add_argument("-c", dest="configuration", required=True, help="configuration of the model, as 3d_fullres")
+    _add_model(parser, folds="all trained")
     parser.add_argument("-tr", dest="trainer", required=True, help="trainer of the model, one of ours")
     parser.add_argument(
         "-o", dest="output", type=Path, required=True, help="new model folder, or a file ending in .zip"
     )
-    parser.add_argument(
-        "-f", dest="folds", type=_number_or_all, nargs="+", help="folds (default: all that are trained)"
-    )
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the model")
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
     parser.add_argument(
         "--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)"
@@ -237,26 +235,17 @@ def _add_export(commands) -> None:
 def _export(options) -> None:
     from nnunet_ssl.commands.export import export_model
 
-    exported = export_model(
-        options.dataset,
-        options.configuration,
-        options.trainer,
-        options.output,
-        options.folds,
-        options.plans,
-        options.checkpoint,
-        options.network,
-    )
+    exported = export_model(**_arguments(options))
     networks = ", ".join(f"{fold}: {network}" for fold, network in exported.items())
     print(f"Wrote {options.output} ({networks}) as a model of nnUNetTrainer. Plain nnU-Net predicts with it:")
     arguments = "-f " + " ".join(fold.removeprefix("fold_") for fold in exported)
     if options.checkpoint != "checkpoint_final.pth":
         arguments += f" -chk {options.checkpoint}"
     if options.output.suffix.lower() == ".zip":
+        model = f"-d {options.dataset} -c {options.configuration} -p {options.plans_identifier}"
         print(
             f"  nnUNetv2_install_pretrained_model_from_zip {options.output}\n"
-            f"  nnUNetv2_predict -d {options.dataset} -c {options.configuration} -p {options.plans} {arguments} -i IN "
-            f"-o OUT\n"
+            f"  nnUNetv2_predict {model} {arguments} -i IN -o OUT\n"
             f"Remove a model of nnUNetTrainer for the same dataset first, if there is one: the installation "
             f"overwrites some of its folds and keeps the others."
         )
@@ -288,27 +277,15 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options) -> None:
     from nnunet_ssl.commands.evaluate import evaluate
 
-    print(
-        evaluate(
-            options.reference,
-            options.prediction,
-            options.dataset_json,
-            options.output,
-            options.num_processes,
-            options.protocol,
-        )
-    )
+    print(evaluate(**_arguments(options)))
 
 
 def _add_preview(commands) -> None:
     parser = _command(
         commands, "preview", _preview, "Draw one training batch as the method sees it, with what it mixes."
     )
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    parser.add_argument("-c", dest="configuration", required=True, help="configuration, as 3d_fullres")
-    parser.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold, a number or all")
-    parser.add_argument("-tr", dest="trainer", required=True, help="one of our trainers")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    _add_model(parser)
+    parser.add_argument("-tr", dest="trainer_name", required=True, help="one of our trainers")
     parser.add_argument("-chk", dest="checkpoint", help="a checkpoint of the fold (default: untrained networks)")
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"])
     parser.add_argument(
@@ -319,30 +296,18 @@ def _add_preview(commands) -> None:
 def _preview(options) -> None:
     from nnunet_ssl.commands.preview import preview
 
-    mixed = preview(
-        options.dataset,
-        options.configuration,
-        options.fold,
-        options.trainer,
-        options.output,
-        options.plans,
-        options.checkpoint,
-        options.device,
-    )
-    print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer} does not mix patches."))
+    mixed = preview(**_arguments(options))
+    print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer_name} does not mix patches."))
 
 
 def _add_compare(commands) -> None:
     parser = _command(
         commands, "compare", _compare, "Predict the test scans with several trainers: one table, a test and a figure."
     )
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    parser.add_argument("-c", dest="configuration", required=True, help="configuration of the models, as 3d_fullres")
-    parser.add_argument("-f", dest="folds", type=_number_or_all, nargs="+", required=True, help="folds, numbers or all")
+    _add_model(parser, folds="some")
     parser.add_argument(
         "-tr", dest="trainers", nargs="+", required=True, help="trainers; the others are tested against the first"
     )
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier of the models")
     parser.add_argument(
         "-o",
         dest="output",
@@ -362,29 +327,14 @@ def _add_compare(commands) -> None:
         metavar="NAME=VALUE",
         help="settings of the cluster's jobs, as partition=gpu timeout_min=2880 gpus_per_node=1 cpus_per_task=12",
     )
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"])
-    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
-    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    _add_prediction(parser)
     parser.set_defaults(check=_check_compare)
 
 
 def _compare(options) -> int:
     from nnunet_ssl.commands.compare.run import compare
 
-    table, failures = compare(
-        options.dataset,
-        options.configuration,
-        options.folds,
-        options.trainers,
-        options.plans,
-        options.output,
-        options.train,
-        options.launcher,
-        dict(options.slurm),
-        options.device,
-        options.num_processes,
-        not options.disable_tta,
-    )
+    table, failures = compare(**_arguments(options) | {"slurm": dict(options.slurm)})
     print(f"\n{table}", end="")
     return int(bool(failures))
 
@@ -401,14 +351,14 @@ def _add_doctor(commands) -> None:
     )
     parser.add_argument("-d", dest="dataset", help="dataset name or id")
     parser.add_argument("-c", dest="configurations", nargs="+", default=[], help="configurations, as 3d_fullres")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+    parser.add_argument("-p", dest="plans_identifier", default="nnUNetPlans", help="plans identifier")
     parser.add_argument("-f", dest="fold", type=int, help="fold")
 
 
 def _doctor(options) -> int:
     from nnunet_ssl.commands.doctor import doctor
 
-    return doctor(options.dataset, options.configurations, options.plans, options.fold)
+    return doctor(**_arguments(options))
 
 
 def _add_demo(commands) -> None:
@@ -421,7 +371,7 @@ def _add_demo(commands) -> None:
 def _demo(options) -> None:
     from nnunet_ssl.commands.demo import demo
 
-    demo(options.output)
+    demo(**_arguments(options))
 
 
 def _number_or_all(text: str) -> int | str:
