@@ -40,6 +40,8 @@ PASSES = {
     "nnUNetTrainerUAMT": (11, 2),
     "nnUNetTrainerCPS": (4, 4),
     "nnUNetTrainerCoLearning": (7, 6),
+    "nnUNetTrainerCoM3HL": (3, 2),
+    "nnUNetTrainerFixMatch": (3, 2),
 }
 
 

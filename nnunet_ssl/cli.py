@@ -219,6 +219,26 @@ def _pseudo_label(options) -> None:
     )
 
 
+def _add_start_from(commands) -> None:
+    text = "Put a trained supervised model in place of a training's supervised phase."
+    parser = _command(commands, "start-from", _start_from, text)
+    _add_model(parser)
+    parser.add_argument("-tr", dest="trainer_name", required=True, help="trainer of the training, one of ours")
+    parser.add_argument("--model", required=True, help="trainer of the model, as nnUNetTrainer, or a model folder")
+    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace a training that is there")
+
+
+def _start_from(options) -> None:
+    from nnunet_ssl.commands.start_from import start_from
+
+    written = start_from(**_arguments(options))
+    print(
+        f"Wrote {written}. Train the semi-supervised phase with:\n  nnUNetv2_train {options.dataset} "
+        f"{options.configuration} {options.fold} -tr {options.trainer_name} -p {options.plans_identifier} --c"
+    )
+
+
 def _add_export(commands) -> None:
     parser = _command(commands, "export", _export, "Write a trained model that plain nnU-Net predicts with.")
     _add_model(parser, folds="all trained")
@@ -390,8 +410,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunet-ssl {metadata.version('nnunet-ssl')}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
-    first = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_export)
-    for add in (*first, _add_evaluate, _add_preview, _add_compare, _add_doctor, _add_demo):
+    first = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_start_from)
+    for add in (*first, _add_export, _add_evaluate, _add_preview, _add_compare, _add_doctor, _add_demo):
         add(commands)
     return parser
 

@@ -228,7 +228,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.current_epoch == 0 and self.step == 0 and self.was_initialized:
             # weights given by -pretrained_weights were loaded after initialize: start the companions from them
             self._restart_companions()
-            if not self.supervised_epochs:
+            if not self.supervised_epochs and self._resume_random_state is None:
                 self.health.check_heads(self.network, self._first_weights)
         super().on_train_start()
         if self.local_rank == 0:

@@ -46,12 +46,15 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
     box_side = 0.5  # edge of the box as a part of the patch's
     shared_mask = False  # one box for both mixes, as in Eq. 11 and 12; False: each has its own
     noise = 0.1  # standard deviation of each student's own input noise, in units of the normalized image
+    patches_per_term = "full"  # every term has the planned batch; "half": half of it, at half of the cost
     student_backbones = "same"  # "different": student 2 upsamples by interpolation, one EMA teacher per student
     weak_view = True
 
     def build_companions(self):
         if self.student_backbones not in ("same", "different"):
             raise ValueError(f'student_backbones is "same" or "different", not {self.student_backbones!r}.')
+        if self.patches_per_term not in ("full", "half"):
+            raise ValueError(f'patches_per_term is "full" or "half", not {self.patches_per_term!r}.')
         companions = {"teacher": frozen_copy(self.network)}
         if self.student_backbones == "same":
             return {"student_2": trainable_copy(self.network), **companions}
@@ -62,21 +65,24 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
 
     def losses(self, batch):
         students = (self.network, self.companions.student_2)
+        if self.patches_per_term == "half":  # the halves take turns: nnU-Net puts the patches with foreground last
+            batch = batch.rolled(self.step * ((len(batch.image) + 1) // 2))
         supervised = reweighted(self.loss, cross_entropy=float(self.cross_entropy), dice=1)
         dice = reweighted(full_resolution(self.loss), cross_entropy=0, dice=1)
+        first, second = self.shares(batch)
         with torch.no_grad():
             soft = self.teach(batch.unlabeled_weak)
-        pseudo = self.hard_labels(soft - 0.5)
+        pseudo, soft = self.hard_labels(soft - 0.5)[: len(first.image)], soft[-len(second.image) :]
 
         for number, student in enumerate(students, start=1):
-            output = student(add_noise(batch.image, self.noise))
-            yield {f"supervised_{number}": supervised(output, batch.target)}  # Eq. 3
+            output = student(add_noise(first.image, self.noise))
+            yield {f"supervised_{number}": supervised(output, first.target)}  # Eq. 3
             del output
 
-        size = len(batch.unlabeled)
+        size = len(first.unlabeled)
         for part in self.half_batches(size):
             weight = self.ramp * self.unlabeled_weight * len(pseudo[part]) / size
-            outputs = [logits(student, add_noise(batch.unlabeled[part], self.noise)) for student in students]
+            outputs = [logits(student, add_noise(first.unlabeled[part], self.noise)) for student in students]
             terms = {}
             for number, (output, peer) in enumerate(zip(outputs, outputs[::-1], strict=True), start=1):
                 terms[f"cross_{number}"] = weight * dice(output, self.hard_labels(peer))  # Eq. 4-6
@@ -84,18 +90,25 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             yield terms
             del outputs, output, peer, terms
 
-        truth, annotated = self.as_probabilities(batch.labels, soft.shape[1])
+        truth, annotated = self.as_probabilities(second.labels, soft.shape[1])
         for number, student in enumerate(students, start=1):
             # INDMIX: the box of an unlabeled scan in a labeled one for student 1, the reverse for student 2
             if number == 1 or not self.shared_mask:
-                mask = box_mask(size, batch.image.shape[2:], side=self.box_side, device=batch.image.device)
+                mask = box_mask(size, second.image.shape[2:], side=self.box_side, device=second.image.device)
             reverse = number == 2
-            image, target = indmix(batch.image, truth, batch.unlabeled, soft, mask, reverse=reverse)
+            image, target = indmix(second.image, truth, second.unlabeled, soft, mask, reverse=reverse)
             counts = annotated | (mask if reverse else ~mask)  # every voxel of the unlabeled scan does
             output = logits(student, add_noise(image, self.noise))
             difference = probability_mse(self.probabilities(output), target, counts)
             yield {f"mix_{number}": self.ramp * self.mix_weight * difference}  # OUTDMIX, Eq. 15-17
             del output, image, target, difference
+
+    def shares(self, batch):
+        """What is learned unmixed, and what is mixed: all of the batch, or one half of it each."""
+        if self.patches_per_term == "full":
+            return batch, batch
+        half = (len(batch.image) + 1) // 2
+        return batch.part(slice(0, half)), batch.part(slice(-half, None))
 
     def teach(self, image):
         """Probabilities of the teacher, or of the two teachers weighted by alpha and beta, in fp32."""

@@ -1,6 +1,7 @@
 """The batch that a method sees, and how its labeled and unlabeled patches are read and augmented."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
@@ -52,15 +53,19 @@ class Batch:
 
     def rolled(self, shift: int) -> "Batch":
         """The same batch beginning with sample `shift` (modulo B), the earlier ones at its end."""
+        return self if shift % len(self.image) == 0 else self._each(lambda x: x.roll(-shift, 0))
 
-        def roll(x):
+    def part(self, samples: slice) -> "Batch":
+        """Some of the samples of all patches; a view."""
+        return self._each(lambda x: x[samples])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def changed(x):
             if isinstance(x, list):
-                return [roll(scale) for scale in x]
-            return None if x is None else x.roll(-shift, 0)
+                return [changed(scale) for scale in x]
+            return None if x is None else change(x)
 
-        if shift % len(self.image) == 0:
-            return self
-        return Batch(**{name: roll(value) for name, value in vars(self).items()})
+        return Batch(**{name: changed(value) for name, value in vars(self).items()})
 
 
 def to_device(item: dict, device: torch.device, weak_view: bool) -> Batch:

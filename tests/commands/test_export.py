@@ -20,7 +20,9 @@ pytestmark = pytest.mark.slow
 
 NETWORKS = {
     "nnUNetTrainerCoLearning": {"student", "student_2", "teacher"},
+    "nnUNetTrainerCoM3HL": {"student", "student_2", "teacher"},
     "nnUNetTrainerCPS": {"student", "student_2"},
+    "nnUNetTrainerFixMatch": {"student"},
 }
 
 # Plain nnU-Net: NNUNET_SSL_PLAIN_PYTHON is the Python of an environment without our package (.ci/check_wheel has one).

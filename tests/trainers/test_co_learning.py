@@ -61,6 +61,36 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, with_cros
     assert_terms(groups, expected)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_with_half_batches_one_half_is_learned_unmixed_and_the_other_one_mixed(size, tiny_dataset):
+    settings = {"noise": 0.0, "unlabeled_weight": 0.7, "mix_weight": 0.3, "patches_per_term": "half"}
+    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, **settings)
+    batch, students = CLASSES.random_batch(size), trainer.trained_networks()
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    half = (size + 1) // 2
+    order = [(trainer.step * half + i) % size for i in range(size)]  # the samples take turns
+    plain, mixed = order[:half], order[size - half :]
+    soft = trainer.companions.teacher(batch.unlabeled_weak).softmax(1)
+    expected = {}
+    for number, student, peer in ((1, *students), (2, *students[::-1])):
+        keep = box_mask(half, (16, 16, 16), side=0.5)
+        keep = ~keep if number == 2 else keep  # 1: the labeled scan
+        image = torch.where(keep, batch.image[mixed], batch.unlabeled[mixed])
+        target = torch.where(keep, CLASSES.truth(batch.target[mixed]), soft[mixed])
+        output = student(batch.unlabeled[plain])
+        known = CLASSES.dice_and_cross_entropy(student(batch.image[plain]), batch.target[plain])
+        expected |= {
+            f"supervised_{number}": known,
+            f"cross_{number}": -0.7 * CLASSES.dice(output, CLASSES.hard(peer(batch.unlabeled[plain]))),
+            f"teacher_{number}": -0.7 * CLASSES.dice(output, CLASSES.hard(soft[plain])),
+            f"mix_{number}": 0.3 * (student(image).softmax(1) - target).square().mean(),
+        }
+    assert_terms(groups, expected)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("patch", [(12, 14, 16), (15, 20)])
 def test_image_and_target_of_a_mix_take_every_voxel_from_the_same_scan(patch, reverse):

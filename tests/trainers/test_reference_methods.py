@@ -1,4 +1,4 @@
-"""Steps of Mean Teacher, UA-MT, CPS and BCP against direct implementations of their equations."""
+"""Steps of Mean Teacher, UA-MT, CPS, BCP and FixMatch against direct implementations of their equations."""
 
 import math
 
@@ -10,6 +10,7 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.mixing import box_mask
 from nnunet_ssl.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
@@ -231,3 +232,26 @@ def test_the_student_learns_from_cleaned_pseudo_labels_where_asked_to(tiny_datas
     as_they_are, all_background = pseudo_loss(lambda labels: labels), pseudo_loss(torch.zeros_like)
     made.largest_component = False
     assert pseudo_loss(torch.zeros_like) == as_they_are != all_background
+
+
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("size", [1, 3])
+def test_fixmatch(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerFixMatch, labels_dataset, unlabeled_weight=0.7)
+    batch = labels.random_batch(size)
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    student = trainer.network
+    keep = box_mask(size, (16, 16, 16), side=0.5)
+    pseudo = labels.hard(student(batch.unlabeled_weak))
+    images, targets = [], []
+    for i in range(size):
+        images.append(torch.where(keep[i], batch.unlabeled[i], batch.unlabeled[i - 1]))
+        targets.append(torch.where(keep[i], pseudo[i], pseudo[i - 1]))
+    expected = {
+        "supervised": labels.dice_and_cross_entropy(student(batch.image), batch.target),
+        "pseudo": 0.7 * labels.dice_and_cross_entropy(student(torch.stack(images)), torch.stack(targets)),
+    }
+    assert_terms(groups, expected)

@@ -1,0 +1,158 @@
+"""An existing supervised model in place of a training's supervised phase."""
+
+from pathlib import Path
+
+import torch
+from nnunetv2 import paths
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.data.splits import read_splits
+from nnunet_ssl.system.files import read_json
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.training.checkpoints import CHECKPOINTS, mismatched_networks, read_checkpoint
+
+# of dataset.json and of a configuration: where they differ, a network's input or output means something else
+DATASET_KEYS = ("labels", "channel_names", "regions_class_order")
+PLANS_KEYS = ("spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
+INTENSITIES = "foreground_intensity_properties_per_channel"
+
+
+def start_from(
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    trainer_name: str,
+    model: str,
+    plans_identifier: str = "nnUNetPlans",
+    checkpoint: str = "checkpoint_final.pth",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a checkpoint from which `nnUNetv2_train ... --c` trains the semi-supervised phase of a method.
+
+    It has the model's weights, segmentation heads included, which -pretrained_weights leaves out; companions, optimizer
+    and schedules are those of a training whose supervised phase has just ended.
+
+    Args:
+        dataset: id or name of the dataset, which is preprocessed.
+        configuration: as 3d_fullres.
+        fold: of the training, and of the model.
+        trainer_name: one of ours.
+        model: the trainer of a model of this dataset, or a model folder, with plans.json, dataset.json and the fold.
+        plans_identifier: of the training; of the model where that is a trainer.
+        checkpoint: of the model.
+        overwrite: replace the checkpoints of a training that is there.
+
+    Returns:
+        The checkpoint that was written.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        FileExistsError: the fold has a training already.
+        ValueError: the trainer is none of ours, or the model has other plans, labels, channels, weights or cases.
+    """
+    name = str(maybe_convert_to_dataset_name(dataset))
+    target = Path(get_output_folder(name, trainer_name, plans_identifier, configuration, fold))
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(get_output_folder(name, model, plans_identifier, configuration))
+    file = folder / f"fold_{fold}" / checkpoint
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing. --model is a trainer, or the folder of a model with this fold.")
+    existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
+    if file in existing:
+        raise ValueError(f"{file} is the training itself. Give another --model.")
+    if existing and not overwrite:
+        raise FileExistsError(f"{target} has a training already. Pass --overwrite to start it anew.")
+    state = read_checkpoint(file)
+    preprocessed = Path(paths.nnUNet_preprocessed) / name
+    require_same(file, state["init_args"], configuration, preprocessed, plans_identifier)
+    require_same_cases(file, fold, preprocessed, state["init_args"]["plans"]["dataset_name"])
+
+    # nothing is computed, a CPU is enough
+    device = torch.device("cpu")
+    trainer = get_trainer_from_args(name, configuration, fold, trainer_name, plans_identifier, device=device)
+    if not isinstance(trainer, SemiSupervisedTrainer):
+        raise ValueError(f"{trainer_name} is not a semi-supervised trainer. See: nnunet-ssl trainers")
+    trainer.initialize()
+    weights = {"network_weights": state["network_weights"]}
+    if mismatched_networks(weights, {"student": trainer.network}):
+        raise ValueError(f"{file}: the network is not that of {trainer_name} with {plans_identifier}, {configuration}.")
+    trainer.network.load_state_dict(weights["network_weights"])
+    trainer._restart_companions()
+    phase = trainer.supervised_epochs
+    trainer.current_epoch = phase - 1  # the last one that is done
+    trainer.inference_allowed_mirroring_axes = state["inference_allowed_mirroring_axes"]
+    trainer.logger.load_checkpoint(last_epochs(state["logging"], phase))
+    written = target / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(written))
+    for other in existing:
+        if other != written:
+            other.unlink()
+    return written
+
+
+def last_epochs(logging: dict[str, list], number: int) -> dict[str, list]:
+    """The last values of what nnU-Net logs every epoch, so many of each; the first one again where there are fewer."""
+    values = {key: list(series)[-number:] if number else [] for key, series in logging.items()}
+    return {key: series[:1] * (number - len(series)) + series for key, series in values.items()}
+
+
+def require_same(file: Path, made: dict, configuration: str, preprocessed: Path, plans_identifier: str) -> None:
+    """Raises ValueError that names what of a model's labels, channels and plans is not that of the dataset.
+
+    Args:
+        file: the model's checkpoint, for the message.
+        made: arguments with which its trainer was made.
+        configuration: of the training.
+        preprocessed: the dataset's folder in nnUNet_preprocessed.
+        plans_identifier: of the training.
+    """
+    plans, dataset_json = (read_json(preprocessed / f"{name}.json") for name in (plans_identifier, "dataset"))
+    theirs, ours = (
+        PlansManager(each).get_configuration(name).configuration
+        for each, name in ((made["plans"], made["configuration"]), (plans, configuration))
+    )
+    pairs = [(made["dataset_json"].get(key), dataset_json.get(key), key) for key in DATASET_KEYS]
+    pairs.append((made["plans"].get(INTENSITIES), plans.get(INTENSITIES), INTENSITIES))
+    pairs += [(theirs.get(key), ours.get(key), key) for key in PLANS_KEYS]
+    for other, own, key in pairs:
+        if other is not None and own is not None and other != own:
+            raise ValueError(
+                f"{file} was trained with another {key} than that of {preprocessed.name}, {plans_identifier}, "
+                f"{configuration}: {shortened(other)}, not {shortened(own)}. Give a model with the same plans."
+            )
+
+
+def shortened(value: object, limit: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+def require_same_cases(file: Path, fold: int | str, preprocessed: Path, trained_on: str) -> None:
+    """Raises ValueError where the model's training cases are not those of the fold: it may have seen others' labels.
+
+    Args:
+        file: the model's checkpoint.
+        fold: of the training and of the model.
+        preprocessed: the dataset's folder in nnUNet_preprocessed.
+        trained_on: name of the model's dataset.
+    """
+    own, other = (folder / "splits_final.json" for folder in (preprocessed, preprocessed.with_name(trained_on)))
+    if fold == "all" and own == other:
+        return
+    train = []
+    for splits in (own, other):
+        folds = read_splits(splits)
+        if fold == "all" or fold >= len(folds):
+            raise ValueError(f"{file}: its training cases are not known, {splits} has no fold {fold}.")
+        train.append(set(folds[fold]["train"]))
+    if train[0] != train[1]:
+        raise ValueError(
+            f"{file} was trained on other cases than fold {fold} of {own}, and may have seen labels that this fold "
+            f"must not know: {', '.join(sorted(train[1] - train[0])[:5]) or 'fewer cases'}."
+        )
+    if own.stat().st_mtime > file.stat().st_mtime:
+        print(f"WARNING: {own} is newer than {file}: see that fold {fold} had the same cases when it was trained.")
