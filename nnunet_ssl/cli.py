@@ -248,7 +248,14 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
     parser.add_argument(
-        "--network", help="student, teacher, ...: a network of the checkpoint (default: the deployed one)"
+        "--network",
+        dest="networks",
+        nargs="+",
+        help="student, student_2, teacher, ...: networks of the checkpoint; several become folds, whose predictions "
+        "nnU-Net averages (default: the deployed one)",
+    )
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="further model folders, as of other seeds, for the average"
     )
 
 

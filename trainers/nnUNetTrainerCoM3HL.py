@@ -1,4 +1,4 @@
-"""Co-M3HL: two students and their weighted-EMA teacher (multi-model co-learning, 2024) on the mutual mask mixes of M3HL.
+"""Co-M3HL: two students and their weighted-EMA teacher (multi-model co-learning, 2024) on M3HL's mutual mask mixes.
 
 No paper has this method; it joins the two. From co-learning: two students with their own input noise, which start from
 the same weights, and a teacher that is the moving average of both (Eq. 1). From M3HL: each student's only forward pass

@@ -15,6 +15,7 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ou
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
+from nnunet_ssl.system.files import read_json
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
@@ -30,9 +31,13 @@ def export_model(
     folds: Sequence[int | str] | None = None,
     plans_identifier: str = "nnUNetPlans",
     checkpoint: str = "checkpoint_final.pth",
-    network: str | None = None,
+    networks: Sequence[str] | None = None,
+    also: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Writes a trained model as one of nnUNetTrainer, for machines on which only nnU-Net is installed.
+
+    Several networks become folds 0, 1, ... of the new model: nnU-Net averages the predictions of folds, so they are an
+    ensemble.
 
     Args:
         dataset: id or name.
@@ -43,15 +48,17 @@ def export_model(
         folds: numbers or "all"; None: the numbers that are trained, or else "all".
         plans_identifier: of the trained model.
         checkpoint: file name in the folders of the folds.
-        network: "student", "teacher" or another network of the checkpoint; None: the deployed one.
+        networks: "student", "teacher" or other networks of the checkpoint; None: the deployed one.
+        also: further model folders with the same plans, of another seed or trainer of ours, whose folds join in.
 
     Returns:
         Per fold folder the name of the network that was exported. Validation results go along only with the weights
-        that nnU-Net has validated: the deployed network of the final checkpoint.
+        that nnU-Net has validated, the deployed network of the final checkpoint, and not with an ensemble.
 
     Raises:
         FileNotFoundError: a fold's checkpoint is missing; FileExistsError: the folder is there already.
-        ValueError: a checkpoint is damaged; the model is not of one of our trainers, or has no such network.
+        ValueError: a checkpoint is damaged; a model is not of one of our trainers, has no such network, or has other
+            plans than the first one.
         NotImplementedError: the trainer has another architecture than nnUNetTrainer.
     """
     output, dataset = Path(output), str(maybe_convert_to_dataset_name(dataset))
@@ -69,6 +76,10 @@ def export_model(
             f"{', '.join(missing)} is missing. Train it first: "
             f"nnUNetv2_train {dataset[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
         )
+    sources = [model / folder for folder in folders] + folds_of_others(model, also, checkpoint)
+    members = [(source, network) for source in sources for network in dict.fromkeys(networks or [None])]
+    # more than one network of a fold, or more than one model: the new model's folds have new numbers
+    names = folders if len(members) == len(folders) else [f"fold_{number}" for number in range(len(members))]
     own = recursive_find_trainer_class_by_name(trainer)
     if own.build_network_architecture is not nnUNetTrainer.build_network_architecture:
         raise NotImplementedError(f"{trainer} builds its own network, which plain nnU-Net does not know.")
@@ -79,33 +90,42 @@ def export_model(
         target = Path(scratch, inner)
         target.mkdir(parents=True)
         _copy(model, target, (*NEEDED, "dataset_fingerprint.json"))
-        exported, validated = {}, True
-        for folder in tqdm(folders, desc="Exporting", unit="fold", disable=None):
-            exported[folder], same = export_fold(model / folder, target / folder, checkpoint, network)
+        exported, validated = {}, names is folders
+        progress = tqdm(zip(names, members, strict=True), "Exporting", len(names), unit="fold", disable=None)
+        for name, (source, network) in progress:
+            exported[name], same = export_fold(source, target / name, checkpoint, network, validated)
             validated &= same
         if validated and folders != ["fold_all"]:
             numbers = tuple(int(folder.removeprefix("fold_")) for folder in folders)
             results = f"crossval_results_folds_{folds_tuple_to_string(numbers)}"
             _copy(model / results, target / results, ("summary.json", "postprocessing.pkl", "postprocessing.json"))
-        if zipped:
-            archive = Path(scratch, "model.zip")
-            with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-                for path in sorted(target.rglob("*")):
-                    file.write(path, path.relative_to(scratch))
-            os.replace(archive, output)
-        else:
-            os.replace(target, output)
+        os.replace(_packed(target, Path(scratch)) if zipped else target, output)
     return exported
 
 
-def export_fold(source: Path, target: Path, checkpoint: str, network: str | None) -> tuple[str, bool]:
+def folds_of_others(model: Path, others: Sequence[Path], checkpoint: str) -> list[Path]:
+    """The trained folds of further model folders; raises where one has none, or other plans than the first model."""
+    found = []
+    for other in others:
+        folders = _trained_folds(other, checkpoint)
+        if not folders:
+            raise FileNotFoundError(f"{other} has no fold with {checkpoint}. --also takes model folders.")
+        same = other.resolve().name.split("__")[1:] == model.name.split("__")[1:]  # trainer, plans, configuration
+        if not same or read_json(other / "plans.json") != read_json(model / "plans.json"):
+            raise ValueError(f"{other} has other plans than {model}. Only models with the same plans can be joined.")
+        found += [other / folder for folder in folders]
+    return found
+
+
+def export_fold(source: Path, target: Path, checkpoint: str, network: str | None, alone: bool) -> tuple[str, bool]:
     """Writes a fold of the model; its validation goes along where nnU-Net has validated the same weights.
 
     Args:
         source: folder of the fold.
         target: the same in the exported model; it is made.
         checkpoint: its file name.
-        network: see `export_model`.
+        network: one of the checkpoint's; None: the deployed one.
+        alone: no other network of the fold is exported.
 
     Returns:
         Name of the network, and whether its weights are the validated ones.
@@ -116,7 +136,7 @@ def export_fold(source: Path, target: Path, checkpoint: str, network: str | None
     exported = plain(state, source / checkpoint, network)
     target.mkdir(exist_ok=True)
     torch.save(state, target / checkpoint)
-    validated = checkpoint == "checkpoint_final.pth" and exported == deployed
+    validated = alone and checkpoint == "checkpoint_final.pth" and exported == deployed
     if validated:
         _copy(source, target, ("validation/summary.json",))
     return exported, validated
@@ -142,6 +162,15 @@ def plain(state: dict, file: Path, network: str | None) -> str:
     state[PROVENANCE_KEY] = {"trainer": state["trainer_name"], "network": network, "nnunet-ssl": version}
     state.update(network_weights=weights, trainer_name="nnUNetTrainer")
     return network
+
+
+def _packed(folder: Path, root: Path) -> Path:
+    """A zip file in `root` of all files of the folder, named relative to `root`."""
+    archive = root / "model.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, path.relative_to(root))
+    return archive
 
 
 def _trained_folds(model: Path, checkpoint: str) -> list[str]:

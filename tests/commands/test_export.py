@@ -80,7 +80,7 @@ def probabilities(model, weights=None, fold="0"):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(use_mirroring=True, device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (fold,))
+    predictor.initialize_from_trained_model_folder(str(model), (fold,) if isinstance(fold, str) else fold)
     if weights is not None:
         predictor.list_of_parameters = [weights]
     image, properties = SimpleITKIO().read_images([scan()])
@@ -123,7 +123,7 @@ def test_every_network_of_a_checkpoint_can_be_exported(trainer_class, trained, t
     assert networks.keys() == NETWORKS.get(name, {"student", "teacher"})
     for network, weights in networks.items():
         folder = tmp_path / network
-        assert export_model("701", "3d_fullres", name, folder, network=network) == {"fold_0": network}
+        assert export_model("701", "3d_fullres", name, folder, networks=[network]) == {"fold_0": network}
         state = torch.load(folder / "fold_0/checkpoint_final.pth", weights_only=False)
         assert all(torch.equal(state["network_weights"][key], weights[key]) for key in weights)
         assert state["trainer_name"] == "nnUNetTrainer"
@@ -134,8 +134,48 @@ def test_every_network_of_a_checkpoint_can_be_exported(trainer_class, trained, t
         assert (folder / "fold_0/checkpoint_final.pth").stat().st_size < ours
         # what nnU-Net has validated is the deployed network
         assert (folder / "fold_0/validation/summary.json").is_file() == (network == "student")
-    other = probabilities(tmp_path / sorted(networks)[-1])
-    assert not np.array_equal(other, probabilities(tmp_path / "student"))
+    for other in networks.keys() - {"student"}:
+        assert not np.array_equal(probabilities(tmp_path / other), probabilities(tmp_path / "student"))
+
+
+def test_several_networks_are_an_ensemble_whose_prediction_plain_nnunet_averages(trained, tmp_path, capsys):
+    output, other = tmp_path / "ensemble", tmp_path / "other" / model_folder(trained, "nnUNetTrainerM3HL").name
+    shutil.copytree(model_folder(trained, "nnUNetTrainerM3HL"), other)
+    command = f"export -d 701 -c 3d_fullres -tr nnUNetTrainerCoLearning --network student student_2 -o {output}"
+    assert main([*command.split(), "--also", str(other)]) == 1
+    assert "nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0" in capsys.readouterr().err  # it has no student_2
+    assert not output.exists()
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert "(fold_0: student, fold_1: student_2)" in printed
+    assert f"nnUNetv2_predict_from_modelfolder -m {output} -f 0 1 -i IN" in printed
+    assert not list(output.rglob("summary.json"))  # nnU-Net has validated none of the ensembles
+    source = model_folder(trained, "nnUNetTrainerCoLearning") / "fold_0/checkpoint_final.pth"
+    ours = torch.load(source, weights_only=False)["nnunet_ssl"]
+    for fold, weights in (("0", ours["student"]), ("1", ours["companions"]["student_2"])):
+        state = torch.load(output / f"fold_{fold}/checkpoint_final.pth", weights_only=False)
+        assert all(torch.equal(state["network_weights"][name], tensor) for name, tensor in weights.items())
+    both = probabilities(output, fold=("0", "1"))
+    single = [np.log(probabilities(output, fold=fold)) for fold in "01"]
+    mean = np.exp(sum(single) / 2)  # nnU-Net takes the mean of the logits
+    np.testing.assert_allclose(both, mean / mean.sum(0), atol=2e-3)
+    assert not np.allclose(both, np.exp(single[0]), atol=2e-3)
+
+
+def test_models_of_several_seeds_are_joined_if_their_plans_are_the_same(trained, tmp_path, capsys):
+    other = tmp_path / "seed_1" / model_folder(trained, "nnUNetTrainerM3HL").name
+    shutil.copytree(model_folder(trained, "nnUNetTrainerM3HL"), other)
+    command = f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL --also {other} -o {tmp_path / 'out'}"
+    (other / "plans.json").write_text("{}")
+    assert main(command.split()) == 1
+    assert f"{other} has other plans than" in capsys.readouterr().err
+    shutil.copy(model_folder(trained, "nnUNetTrainerM3HL") / "plans.json", other)
+    assert main(command.split()) == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("fold_*")) == ["fold_0", "fold_1"]
+    assert main([*command.split()[:-1], str(tmp_path / "none"), "-chk", "checkpoint_none.pth"]) == 1
+    shutil.rmtree(other / "fold_0")
+    assert main([*command.split()[:-1], str(tmp_path / "none")]) == 1
+    assert f"{other} has no fold with checkpoint_final.pth. --also takes" in capsys.readouterr().err
 
 
 def test_the_command_says_how_to_use_the_folder(trained, tmp_path, capsys):

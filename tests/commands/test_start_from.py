@@ -1,4 +1,4 @@
-"""A supervised model in place of the supervised phase: the same start of the semi-supervised one, and no other model."""
+"""A supervised model in place of the supervised phase: the second phase starts the same, and no other model will do."""
 
 import json
 import shutil
