@@ -15,6 +15,8 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ou
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
+from nnunet_ssl.system.quiet import quiet
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
@@ -51,7 +53,7 @@ def export_model(
 
     Raises:
         FileNotFoundError: a fold's checkpoint is missing; FileExistsError: the folder is there already.
-        ValueError: a checkpoint is damaged; the model is not of one of our trainers, or has no such network.
+        ValueError: a checkpoint is damaged; the trainer is not one of ours, or the model has no such network.
         NotImplementedError: the trainer has another architecture than nnUNetTrainer.
     """
     output, dataset = Path(output), str(maybe_convert_to_dataset_name(dataset))
@@ -60,6 +62,13 @@ def export_model(
         raise FileExistsError(f"{output} exists already. Remove it or choose another -o.")
     model = Path(get_output_folder(dataset, trainer, plans_identifier, configuration))
     folders = [f"fold_{fold}" for fold in folds] if folds is not None else _trained_folds(model, checkpoint)
+    with quiet():  # the finder names every file that it opens
+        own = recursive_find_trainer_class_by_name(trainer)
+    if not issubclass(own, SemiSupervisedTrainer):
+        raise ValueError(
+            f"{trainer} is no semi-supervised trainer: export makes models of our trainers models of nnUNetTrainer, "
+            f"for machines without nnunet-ssl. Share this one as it is: nnUNetv2_export_model_to_zip"
+        )
     files = [model / folder / checkpoint for folder in folders] or [model / "fold_0" / checkpoint]
     missing = [str(file) for file in [*files, *(model / name for name in NEEDED)] if not file.is_file()]
     if missing:
@@ -69,7 +78,6 @@ def export_model(
             f"{', '.join(missing)} is missing. Train it first: "
             f"nnUNetv2_train {dataset[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
         )
-    own = recursive_find_trainer_class_by_name(trainer)
     if own.build_network_architecture is not nnUNetTrainer.build_network_architecture:
         raise NotImplementedError(f"{trainer} builds its own network, which plain nnU-Net does not know.")
 

@@ -22,7 +22,9 @@ from torch import Tensor
 from nnunet_ssl.blocks.mixing import Mix, recorded
 from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, outline
 from nnunet_ssl.data.loading import Batch
+from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 LABELED, UNLABELED = REFERENCE, PREDICTION  # colours of what is known and of what is predicted
@@ -61,7 +63,7 @@ def preview(
 
     Raises:
         FileNotFoundError: the checkpoint or the unlabeled scans are missing.
-        ValueError: the trainer is not one of ours.
+        ValueError: the trainer is not one of ours, or there is no such device.
     """
     dataset = str(maybe_convert_to_dataset_name(dataset))
     if not output.absolute().parent.is_dir():
@@ -71,7 +73,8 @@ def preview(
         file = Path(get_output_folder(dataset, trainer_name, plans_identifier, configuration, fold)) / checkpoint
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing. Leave -chk out to look at an untrained {trainer_name}.")
-    with _nothing_written():
+    require_device(device)
+    with _nothing_written(), quiet():
         trainer = get_trainer_from_args(
             dataset, configuration, fold, trainer_name, plans_identifier, device=torch.device(device)
         )

@@ -42,10 +42,11 @@ def files(folder):
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 @pytest.mark.parametrize("trainer_class", every_trainer())
-def test_every_trainer_has_a_picture(trainer_class, configuration, tiny_dataset, tmp_path, rows):
+def test_every_trainer_has_a_picture(trainer_class, configuration, tiny_dataset, tmp_path, rows, capsys):
     name, file = trainer_class.__name__, tmp_path / "preview.png"
     results, variables = files(os.environ["nnUNet_results"]), dict(os.environ)
     assert preview("701", configuration, 0, name, file) == MIXED.get(name, 0)
+    assert capsys.readouterr().out == ""  # nothing of nnU-Net's
     assert files(os.environ["nnUNet_results"]) == results
     assert dict(os.environ) == variables
     assert files(tmp_path) == [file]
@@ -192,6 +193,7 @@ def test_nothing_is_recorded_outside_of_the_block():
         (["-tr", "nnUNetTrainerM3", "-chk", "checkpoint_none.pth"], "checkpoint_none.pth is missing"),
         (["-tr", "nnUNetTrainer"], "nnUNetTrainer is not a semi-supervised trainer"),
         (["-tr", "nnUNetTrainerM4"], "nnUNetTrainerM4"),
+        (["-tr", "nnUNetTrainerM3", "-device", "mps"], "There is no MPS device here"),
         (["-tr", "nnUNetTrainerM3", "-o", "/nowhere/preview.png"], "/nowhere does not exist"),
     ],
 )
