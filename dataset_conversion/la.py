@@ -232,7 +232,7 @@ def _read_lists(train_list: Path | None, test_list: Path | None) -> tuple[list[s
     test = TEST_CASES if test_list is None else _read_list(test_list)
     both = sorted(set(train) & set(test))
     if both:
-        raise ValueError(f"{len(both)} cases are in both the training and the test list: {', '.join(both)}.")
+        raise ValueError(f"In both the training and the test list: {', '.join(both)}. Remove them from one.")
     return train, test
 
 

@@ -1,12 +1,16 @@
 """`nnunet-ssl <command>`: argument parsing only; the work of the commands is in nnunet_ssl/commands."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
 from nnunet_ssl.system.nnunet_version import require_nnunet
+from nnunet_ssl.system.quiet import without_warnings_of_others
+from nnunet_ssl.system.wording import counted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.run not in (_doctor, _trainers):  # which work, and help, with any version
             require_nnunet()
-        return options.run(options) or 0
+        with nullcontext() if options.traceback else without_warnings_of_others():
+            return options.run(options) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if options.traceback:
             raise
@@ -45,11 +50,11 @@ def _add_model(parser: argparse.ArgumentParser, folds: str = "one") -> None:
     parser.add_argument("-c", dest="configuration", required=True, help="configuration, as 3d_fullres")
     parser.add_argument("-p", dest="plans_identifier", default="nnUNetPlans", help="plans identifier")
     if folds == "one":
-        parser.add_argument("-f", dest="fold", type=_number_or_all, required=True, help="fold, a number or all")
+        parser.add_argument("-f", dest="fold", type=_fold, required=True, help="fold, a number or all")
         return
     needed, default = folds == "some", "" if folds == "some" else " (default: all that are trained)"
     text = f"folds, numbers or all{default}"
-    parser.add_argument("-f", dest="folds", nargs="+", type=_number_or_all, required=needed, help=text)
+    parser.add_argument("-f", dest="folds", nargs="+", type=_fold, required=needed, help=text)
 
 
 def _add_prediction(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +175,7 @@ def _split(options) -> None:
     from nnunet_ssl.commands.split import split_dataset
 
     path = split_dataset(**_arguments(options))
-    print(f"Wrote {len(options.labeled)} folds to {path}.")
+    print(f"Wrote {counted(len(options.labeled), 'fold')} to {path}.")
 
 
 def _add_preprocess(commands) -> None:
@@ -265,19 +270,20 @@ def _export(options) -> None:
     exported = export_model(**_arguments(options))
     networks = ", ".join(f"{fold}: {network}" for fold, network in exported.items())
     print(f"Wrote {options.output} ({networks}) as a model of nnUNetTrainer. Plain nnU-Net predicts with it:")
+    output = shlex.quote(str(options.output))
     arguments = "-f " + " ".join(fold.removeprefix("fold_") for fold in exported)
     if options.checkpoint != "checkpoint_final.pth":
         arguments += f" -chk {options.checkpoint}"
     if options.output.suffix.lower() == ".zip":
         model = f"-d {options.dataset} -c {options.configuration} -p {options.plans_identifier}"
         print(
-            f"  nnUNetv2_install_pretrained_model_from_zip {options.output}\n"
+            f"  nnUNetv2_install_pretrained_model_from_zip {output}\n"
             f"  nnUNetv2_predict {model} {arguments} -i IN -o OUT\n"
             f"Remove a model of nnUNetTrainer for the same dataset first, if there is one: the installation "
             f"overwrites some of its folds and keeps the others."
         )
     else:
-        print(f"  nnUNetv2_predict_from_modelfolder -m {options.output} {arguments} -i IN -o OUT")
+        print(f"  nnUNetv2_predict_from_modelfolder -m {output} {arguments} -i IN -o OUT")
 
 
 def _add_evaluate(commands) -> None:
@@ -289,6 +295,8 @@ def _add_evaluate(commands) -> None:
     parser.add_argument(
         "-djfile", dest="dataset_json", type=Path, help="dataset.json (default: that of the predictions)"
     )
+    text = "values of the labels, as 1 2 3, for folders without dataset.json"
+    parser.add_argument("-l", dest="labels", type=int, nargs="+", default=(), help=text)
     parser.add_argument("-o", dest="output", type=Path, help="folder for evaluation.csv and .json (default: -p)")
     parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
     parser.add_argument(
@@ -379,7 +387,8 @@ def _add_doctor(commands) -> None:
     parser.add_argument("-d", dest="dataset", help="dataset name or id")
     parser.add_argument("-c", dest="configurations", nargs="+", default=[], help="configurations, as 3d_fullres")
     parser.add_argument("-p", dest="plans_identifier", default="nnUNetPlans", help="plans identifier")
-    parser.add_argument("-f", dest="fold", type=int, help="fold")
+    parser.add_argument("-f", dest="fold", type=_fold, help="fold, a number or all (default: every fold)")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON, for programs")
 
 
 def _doctor(options) -> int:
@@ -402,6 +411,14 @@ def _demo(options) -> None:
 
 
 def _number_or_all(text: str) -> int | str:
+    if not (text == "all" or text.isdecimal()):
+        raise argparse.ArgumentTypeError(f'"{text}" is neither a number nor all')
+    return text if text == "all" else int(text)
+
+
+def _fold(text: str) -> int | str:
+    if not (text == "all" or text.removeprefix("-").isdecimal()):
+        raise argparse.ArgumentTypeError(f'Fold "{text}" does not exist: give a number, or all')
     return text if text == "all" else int(text)
 
 

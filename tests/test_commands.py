@@ -1,10 +1,12 @@
 """The stock commands and our own, as a user types them."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tiny import nnunet_command
 from tiny_trainers import every_trainer
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.commands import split
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 
 # what a user would put into a folder of their own on nnUNet_extTrainer
@@ -126,6 +129,32 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_1(line, words, tiny_datase
     assert "Traceback" not in output.err
     assert output.err.startswith(f"nnunet-ssl {line.split()[0]}: ")
     assert (tiny_dataset / "splits_final.json").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("command", ["doctor -f x", "compare -d 1 -c 2d -tr T -f 0 x", "export -d 1 -c 2d -tr T -f x"])
+def test_a_fold_that_is_none_is_said_in_the_users_words(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    error = capsys.readouterr().err
+    assert 'argument -f: Fold "x" does not exist: give a number, or all' in error
+    assert "_number_or_all" not in error
+
+
+def test_warnings_of_other_packages_are_shown_with_traceback_only(capsys, monkeypatch):
+    monkeypatch.setattr(split, "split_dataset", lambda **_: warnings.warn("of others", FutureWarning, stacklevel=1))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        main("split -d 1 --labeled 1".split())  # noqa: SIM905
+        assert [str(warning.message) for warning in seen] == []
+        main("--traceback split -d 1 --labeled 1".split())  # noqa: SIM905
+    assert [str(warning.message) for warning in seen] == ["of others"]
+    assert "Wrote 1 fold to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", every_trainer(variants=True))
+def test_every_trainer_is_imported_from_a_module_of_its_name(trainer):
+    module = importlib.import_module(f"nnunet_ssl.trainers.{trainer.__name__}")
+    assert getattr(module, trainer.__name__) is trainer
 
 
 def test_doctor_finds_the_tiny_dataset_ready(tiny_dataset, capsys):

@@ -4,16 +4,18 @@ Nothing heavy is imported at the top: a torch that cannot be imported is one of 
 """
 
 import ast
-import contextlib
-import io
+import json
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from nnunet_ssl.autoregister import trainers_folder
+from nnunet_ssl.system.quiet import quiet
+from nnunet_ssl.system.wording import counted
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 REINSTALL_TORCH = "install the two together: pip install --upgrade --force-reinstall torch torchvision"
@@ -39,16 +41,38 @@ def doctor(
     dataset: str | None = None,
     configurations: Sequence[str] = (),
     plans_identifier: str = "nnUNetPlans",
-    fold: int | None = None,
+    fold: int | str | None = None,
+    as_json: bool = False,
 ) -> int:
     """Print what was found, and a fix for whatever is wrong; returns 1 if any check failed, else 0.
 
-    With a `dataset` (name or id), also whether its unlabeled cases are ready for `configurations` (default: all that
-    are preprocessed) and `fold` (default: every fold that has a list of unlabeled cases).
+    With a `dataset` (name or id), also whether its unlabeled cases are ready for `configurations` (default: those for
+    which imagesUn was preprocessed or, where it was for none, all that are preprocessed) and `fold` (a number or "all";
+    default: every fold that has a list of unlabeled cases). `as_json` prints a JSON object with "passed" and "checks".
     """
+    with quiet():
+        checks = _check_everything(dataset, configurations, plans_identifier, fold)
+    failed = sum(not check.ok for check in checks)
+    if as_json:
+        print(json.dumps({"passed": not failed, "checks": [check._asdict() for check in checks]}, indent=1))
+        return int(failed > 0)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok' if check.ok else 'FAIL':>4}  {check.name:<{width}}  {check.text}")
+        if not check.ok:
+            print(f"{'':>4}  {'':<{width}}  -> {check.fix}")
+    number = counted(len(checks), "check")
+    print(f"\n{failed} of {number} failed." if failed else f"\nAll {number} passed.")
+    return int(failed > 0)
+
+
+def _check_everything(
+    dataset: str | None, configurations: Sequence[str], plans_identifier: str, fold: int | str | None
+) -> list[Check]:
+    """All checks that can be made, for the arguments of `doctor`."""
     libraries = list(_check_libraries())
     checks = [Check("python", True, f"{platform.python_version()} on {platform.platform()}"), *libraries]
-    checks += _check_folders()
+    checks += [*_check_folders(), *_check_workers()]
     if all(check.ok for check in libraries):
         checks.append(_check_device())
         checks += _check_trainers()
@@ -61,15 +85,7 @@ def doctor(
     else:
         text = "not looked for, as long as the libraries above cannot be imported"
         checks.append(Check("trainers", False, text, "fix the libraries first, then run this again"))
-
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{'ok' if check.ok else 'FAIL':>4}  {check.name:<{width}}  {check.text}")
-        if not check.ok:
-            print(f"{'':>4}  {'':<{width}}  -> {check.fix}")
-    failed = sum(not check.ok for check in checks)
-    print(f"\n{failed} of {len(checks)} checks failed." if failed else f"\nAll {len(checks)} checks passed.")
-    return int(failed > 0)
+    return checks
 
 
 def list_trainers() -> list[tuple[str, str]]:
@@ -120,12 +136,36 @@ def _check_folders() -> Iterator[Check]:
         if not folder:
             yield Check(name, False, "not set", f"export {name}=/path/to/{name}")
         elif not os.path.isdir(folder):
-            yield Check(name, False, f"{folder} does not exist", f'mkdir -p "{folder}", or set {name} to another one')
+            yield Check(
+                name, False, f"{folder} does not exist", f"mkdir -p {shlex.quote(folder)}, or set {name} to another one"
+            )
         # Raw data are only read.
         elif name != "nnUNet_raw" and not os.access(folder, os.W_OK):
-            yield Check(name, False, f"{folder} is not writable", f'chmod u+w "{folder}", or set {name} to another one')
+            yield Check(
+                name,
+                False,
+                f"{folder} is not writable",
+                f"chmod u+w {shlex.quote(folder)}, or set {name} to another one",
+            )
         else:
             yield Check(name, True, folder)
+
+
+def _check_workers() -> Iterator[Check]:
+    """What nnU-Net makes of nnUNet_n_proc_DA; nothing where it is not set."""
+    name = "nnUNet_n_proc_DA"
+    value = os.environ.get(name)
+    if value is None:
+        return
+    if not value.strip().isdecimal():
+        yield Check(name, False, f"{value!r} is not a number of worker processes", f"export {name}=4, or unset it")
+    elif int(value) == 0:
+        text = (
+            f"0: trainings work, but nnU-Net's planning crashes; plan with: env -u {name} nnUNetv2_plan_and_preprocess"
+        )
+        yield Check(name, True, text)
+    else:
+        yield Check(name, True, value)
 
 
 def _check_trainers() -> Iterator[Check]:
@@ -137,9 +177,8 @@ def _check_trainers() -> Iterator[Check]:
         text = f"no nnUNetTrainer*.py in {trainers_folder()}"
         yield Check("trainers", False, text, "pip install --force-reinstall --no-deps nnunet-ssl")
     for name, _ in trainers:
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said):  # the finder names every file that it opens
+            with quiet() as said:  # the finder names every file that it opens
                 found = recursive_find_trainer_class_by_name(name)
         except Exception as error:  # the finder imports every trainer that it passes: anything can come out of one
             if trainers_folder() not in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep):
@@ -151,13 +190,14 @@ def _check_trainers() -> Iterator[Check]:
             continue
         found_in = said.getvalue().rpartition(f"Using trainer '{name}' from: ")[2].strip() or "nnunetv2 itself"
         # a user's own trainer imports the one that it is derived from: that is the same class
-        ours = found_in == trainers_folder() or found.__module__.startswith("nnunet_ssl.trainers.")
+        same = os.path.realpath(found_in) == os.path.realpath(trainers_folder())
+        ours = same or found.__module__.startswith("nnunet_ssl.trainers.")
         fix = f"rename the class {name} there, or remove that folder from nnUNet_extTrainer"
         yield Check(name, ours, "found" if ours else f"hidden by a class of the same name in {found_in}", fix)
 
 
 def _check_unlabeled(
-    dataset: str, configurations: Sequence[str], plans_identifier: str, fold: int | None
+    dataset: str, configurations: Sequence[str], plans_identifier: str, fold: int | str | None
 ) -> Iterator[Check]:
     """Whether the unlabeled cases that training will use are preprocessed."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -184,7 +224,9 @@ def _check_unlabeled(
         return
     plans = PlansManager(str(plans_file))
     folders = {c: plans.get_configuration(c).data_identifier for c in plans.available_configurations}
-    configurations = configurations or [c for c, folder in folders.items() if (preprocessed / folder).is_dir()]
+    there = [c for c, folder in folders.items() if (preprocessed / folder).is_dir()]
+    prepared = [c for c in there if unlabeled_folder(preprocessed, folders[c]).is_dir()]  # the others are not meant
+    configurations = configurations or prepared or there
     if not configurations:
         fix = f"nnUNetv2_preprocess -d {dataset} -plans_name {plans_identifier}"
         yield Check(name, False, "no configuration is preprocessed", fix)
@@ -201,17 +243,21 @@ def _check_unlabeled(
         try:
             check_settings(own, preprocessing_settings(plans, plans.get_configuration(configuration)))
         except ValueError as error:
-            yield Check(title, False, str(error), f"rm -r {own}, then run: {ours}")
+            yield Check(title, False, str(error), f"rm -r {shlex.quote(str(own))}, then run: {ours}")
             continue
         found = [
             *_check_images_un(title, images_un, own, ours),
             *_check_splits(title, preprocessed / folders[configuration], fold, stock),
         ]
         if not found:
-            where = "any fold" if fold is None else f"fold {fold}"
-            text = f'no unlabeled cases: neither {images_un} nor an "unlabeled" list in {where} of splits_final.json'
-            split = f"nnunet-ssl split -d {dataset} --labeled N"
-            fix = f"put scans into {images_un}, then run: {ours} (or hide the labels of some cases: {split})"
+            text = f"no unlabeled cases for fold all: none in {images_un}"
+            fix = f"put scans into {images_un}, then run: {ours}"
+            if fold != "all":  # which uses the labels of every case
+                where = "any fold" if fold is None else f"fold {fold}"
+                text = (
+                    f'no unlabeled cases: neither {images_un} nor an "unlabeled" list in {where} of splits_final.json'
+                )
+                fix += f" (or hide the labels of some cases: nnunet-ssl split -d {dataset} --labeled N)"
             found = [Check(title, False, text, fix)]
         yield from found
 
@@ -226,28 +272,29 @@ def _check_images_un(title: str, images_un: Path, folder: Path, fix: str) -> Ite
     scans, others = unlabeled_scans(images_un, dataset_json)
     raw, finished = scans.keys(), finished_cases(folder)
     if others:
-        text = f"imagesUn: {len(others)} files are no scans, as {no_scan(others[0], dataset_json['file_ending'])}"
+        text = f"imagesUn: {counted(len(others), 'file is no scan', 'files are no scans')}, as "
+        text += no_scan(others[0], dataset_json["file_ending"])
         yield Check(title, False, text, f"rename or remove them in {images_un}")
     if raw or finished:
         missing = len(raw - finished)
-        text = f"imagesUn: {len(raw)} cases, {len(finished)} finished in {folder.name}"
+        text = f"imagesUn: {counted(len(raw), 'case')}, {len(finished)} finished in {folder.name}"
         yield Check(title, not missing, text + (f", {missing} missing" if missing else ""), fix)
 
 
-def _check_splits(title: str, folder: Path, fold: int | None, fix: str) -> Iterator[Check]:
-    """The unlabeled cases of the folds are preprocessed in `folder`; nothing when no fold has any."""
+def _check_splits(title: str, folder: Path, fold: int | str | None, fix: str) -> Iterator[Check]:
+    """The unlabeled cases of the folds are preprocessed in `folder`; nothing when no fold has any, or for fold all."""
     from nnunet_ssl.data.preprocessed import finished_cases
     from nnunet_ssl.data.splits import read_splits
 
     splits_file = folder.parent / "splits_final.json"
     folds = read_splits(splits_file)
-    if fold is not None and folds and not 0 <= fold < len(folds):
-        text = f"there is no fold {fold} in {splits_file}"
+    if isinstance(fold, int) and folds and not 0 <= fold < len(folds):
+        text = f"Fold {fold} does not exist in {splits_file}"
         yield Check(title, False, text, f"choose a fold from 0 to {len(folds) - 1}")
     for index, cases in enumerate(folds):
         unlabeled = set(cases.get("unlabeled", ()))
         if unlabeled and fold in (None, index):
             missing = len(unlabeled - finished_cases(folder))
-            text = f"fold {index}: {len(unlabeled)} unlabeled cases in splits_final.json"
+            text = f"fold {index}: {counted(len(unlabeled), 'unlabeled case')} in splits_final.json"
             text += f", {missing} of them missing in {folder.name}" if missing else ""
             yield Check(title, not missing, text, fix)

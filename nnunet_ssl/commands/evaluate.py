@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determine_reader_writer_from_dataset_json
 from scipy import ndimage
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.scans import as_text, geometry
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import run_all, worker_pool
+from nnunet_ssl.system.wording import counted
 
 
 class SurfaceDistances(NamedTuple):
@@ -142,6 +143,7 @@ def evaluate(
     output: Path | None = None,
     num_processes: int = 4,
     protocol: str = "strict",
+    labels: Sequence[int] = (),
 ) -> str:
     """Compares a folder of predictions with one of references, case by case and label by label (or region).
 
@@ -156,6 +158,7 @@ def evaluate(
         protocol: "strict" counts all voxels, and a case with an empty mask has no distance. "la-literature" and
             "acdc-literature" count as the scripts do that the published tables of these datasets come from: everything
             is 0 where the prediction of a label is empty, and for the left atrium only its largest component counts.
+        labels: values of the labels in the files; then no dataset.json is needed or read.
 
     Returns:
         The means as a Markdown table: Dice and Jaccard in percent, distances in mm for "strict", else in voxels.
@@ -167,11 +170,9 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"There is no protocol {protocol!r}. Choose among {', '.join(PROTOCOLS)}.")
-    places = [dataset_json] if dataset_json else [prediction / "dataset.json", reference.parent / "dataset.json"]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"Neither of these is there: {', '.join(map(str, places))}. Give one: -djfile FILE")
-    description = read_dataset_json(file, "labels", "file_ending")
+    description = (
+        describe_labels(labels, reference) if labels else read_description(prediction, reference, dataset_json)
+    )
     ending = description["file_ending"]
     wanted, found = ({f.name for f in folder.glob(f"*{ending}")} for folder in (reference, prediction))
     if not wanted:
@@ -181,9 +182,9 @@ def evaluate(
     if problems:
         raise ValueError("Nothing was evaluated:\n  " + "\n  ".join(problems))
 
-    labels, ignore_label = label_values(description)
-    reader = determine_reader_writer_from_dataset_json(description, str(reference / min(wanted)))
-    shared = (labels, ignore_label, reader, PROTOCOLS[protocol])
+    values, ignore_label = label_values(description)
+    reader = determine_reader_writer_from_dataset_json(description, str(reference / min(wanted)), verbose=False)
+    shared = (values, ignore_label, reader, PROTOCOLS[protocol])
     jobs = {name.removesuffix(ending): (prediction / name, reference / name, *shared) for name in sorted(wanted)}
     with worker_pool(min(num_processes, len(jobs))) as pool:
         results = run_all(pool, evaluate_case, jobs, "Evaluating")
@@ -198,11 +199,41 @@ def evaluate(
         writer = csv.writer(f)
         writer.writerow(["case", "label", *METRICS])
         writer.writerows([case, label, *(repr(float(m[name])) for name in METRICS)] for case, label, m in rows)
-    means = {label: statistics_of([m for _, name, m in rows if name == label]) for label in labels}
+    means = {label: statistics_of([m for _, name, m in rows if name == label]) for label in values}
     with replacing(output / "evaluation.json") as temporary:
         summary = {"protocol": protocol, "reference": str(reference), "cases": len(jobs), "labels": means}
         temporary.write_text(json.dumps(summary, indent=1))
     return markdown(means, "mm" if protocol == "strict" else "voxels")
+
+
+def read_description(prediction: Path, reference: Path, dataset_json: Path | None) -> dict:
+    """The dataset.json that is given, or the one that belongs to the folders, see `evaluate`."""
+    places = [dataset_json] if dataset_json else [prediction / "dataset.json", reference.parent / "dataset.json"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        several = "Neither of these is there" if len(places) > 1 else "This is not there"
+        raise FileNotFoundError(
+            f"{several}: {', '.join(map(str, places))}. Give one: -djfile FILE, or the values of the labels: -l 1 2"
+        )
+    return read_dataset_json(file, "labels", "file_ending")
+
+
+def describe_labels(labels: Sequence[int], reference: Path) -> dict:
+    """What a dataset.json would say of the files in the folder `reference`, which have the labels of these values.
+
+    Raises: ValueError for a value that is no label, or files of several formats; FileNotFoundError without any file.
+    """
+    if min(labels) < 1:
+        raise ValueError(f"-l {min(labels)} is no label: 0 is the background, labels are numbers from 1.")
+    known = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
+    names = [file.name for file in reference.iterdir()] if reference.is_dir() else []
+    # .nii.gz before .gz: the longest that fits
+    endings = {max((e for e in known if name.endswith(e)), key=len, default="") for name in names} - {""}
+    if not endings:
+        raise FileNotFoundError(f"{reference} has no file that nnU-Net reads ({', '.join(sorted(known))}).")
+    if len(endings) > 1:
+        raise ValueError(f"{reference} has files of several formats ({', '.join(sorted(endings))}). Keep one of them.")
+    return {"labels": {"background": 0, **{str(label): label for label in labels}}, "file_ending": endings.pop()}
 
 
 def label_values(dataset_json: dict) -> tuple[dict[str, tuple[int, ...]], int | None]:
@@ -237,7 +268,7 @@ def markdown(means: dict[str, dict], unit: str) -> str:
         shown = [_figure(metrics[c]["mean"], 100 if "_" not in c else 1) for c in columns]
         lines.append(f"| {label} | {' | '.join(shown)} | {_figure(metrics['Dice']['worst'], 100)} |")
         missing = metrics[columns[2]]["undefined"]
-        notes += [f"{label}: no distance in {missing} cases, where a mask is empty"] if missing else []
+        notes += [f"{label}: no distance in {counted(missing, 'case')}, where a mask is empty"] if missing else []
     return "\n".join([*lines, *notes])
 
 

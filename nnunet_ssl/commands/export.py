@@ -16,6 +16,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
 from nnunet_ssl.system.files import read_json
+from nnunet_ssl.system.quiet import quiet
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
@@ -57,8 +59,8 @@ def export_model(
 
     Raises:
         FileNotFoundError: a fold's checkpoint is missing; FileExistsError: the folder is there already.
-        ValueError: a checkpoint is damaged; a model is not of one of our trainers, has no such network, or has other
-            plans than the first one.
+        ValueError: a checkpoint is damaged; the trainer is not one of ours; a model has no such network, or other plans
+            than the first one.
         NotImplementedError: the trainer has another architecture than nnUNetTrainer.
     """
     output, dataset = Path(output), str(maybe_convert_to_dataset_name(dataset))
@@ -67,6 +69,7 @@ def export_model(
         raise FileExistsError(f"{output} exists already. Remove it or choose another -o.")
     model = Path(get_output_folder(dataset, trainer, plans_identifier, configuration))
     folders = [f"fold_{fold}" for fold in folds] if folds is not None else _trained_folds(model, checkpoint)
+    require_exportable(trainer)
     files = [model / folder / checkpoint for folder in folders] or [model / "fold_0" / checkpoint]
     missing = [str(file) for file in [*files, *(model / name for name in NEEDED)] if not file.is_file()]
     if missing:
@@ -80,9 +83,6 @@ def export_model(
     members = [(source, network) for source in sources for network in dict.fromkeys(networks or [None])]
     # more than one network of a fold, or more than one model: the new model's folds have new numbers
     names = folders if len(members) == len(folders) else [f"fold_{number}" for number in range(len(members))]
-    own = recursive_find_trainer_class_by_name(trainer)
-    if own.build_network_architecture is not nnUNetTrainer.build_network_architecture:
-        raise NotImplementedError(f"{trainer} builds its own network, which plain nnU-Net does not know.")
 
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export_") as scratch:
@@ -101,6 +101,19 @@ def export_model(
             _copy(model / results, target / results, ("summary.json", "postprocessing.pkl", "postprocessing.json"))
         os.replace(_packed(target, Path(scratch)) if zipped else target, output)
     return exported
+
+
+def require_exportable(trainer: str) -> None:
+    """Raises where a trainer is none of ours, or makes networks that plain nnU-Net does not know."""
+    with quiet():  # the finder names every file that it opens
+        own = recursive_find_trainer_class_by_name(trainer)
+    if not issubclass(own, SemiSupervisedTrainer):
+        raise ValueError(
+            f"{trainer} is no semi-supervised trainer: export makes models of our trainers models of nnUNetTrainer, "
+            f"for machines without nnunet-ssl. Share this one as it is: nnUNetv2_export_model_to_zip"
+        )
+    if own.build_network_architecture is not nnUNetTrainer.build_network_architecture:
+        raise NotImplementedError(f"{trainer} builds its own network, which plain nnU-Net does not know.")
 
 
 def folds_of_others(model: Path, others: Sequence[Path], checkpoint: str) -> list[Path]:

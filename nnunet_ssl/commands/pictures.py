@@ -41,7 +41,7 @@ def compare_segmentations(
             if mask is not reference:
                 outline(axis, mask[chosen], PREDICTION, "dashed")
                 overlap = 200 * (mask & reference).sum() / max(1, mask.sum() + reference.sum())
-                axis.set_xlabel(f"Dice {overlap:.0f} %")
+                axis.set_xlabel(f"Dice of the scan {overlap:.0f} %")
             axis.set(xticks=[], yticks=[], title=name if row == 0 else "")
         axes[row][0].set_ylabel(image_file.name.partition(".")[0].removesuffix("_0000"))
     handles = [
@@ -88,15 +88,17 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
     axis.grid(axis="y", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{len(cases)} cases; a line is one case, a box the middle half, its bar the median", fontsize=10)
+    point = "a point is one of them" if len(dice) == 1 else "a line joins the points of one of them"
+    counted = f"{len(cases)} test case{'s' * (len(cases) != 1)}"
+    axis.set_title(f"{counted}; {point}\na box is the middle half, its bar the median", fontsize=10)
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def outline(axis, mask: np.ndarray, colour: str, style: str) -> None:
-    """Draws the border of a mask (rows, columns) on its voxels; nothing for an empty one."""
+def outline(axis, mask: np.ndarray, colour: str, style: str, width: float = 1.6) -> None:
+    """Draws the border of a mask (rows, columns) on its voxels, `width` points thick; nothing for an empty one."""
     if mask.any():
-        axis.contour(mask.astype(float), levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.6)
+        axis.contour(mask.astype(float), levels=[0.5], colors=[colour], linestyles=[style], linewidths=width)
 
 
 def read(file: Path) -> np.ndarray:

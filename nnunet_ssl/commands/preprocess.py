@@ -101,16 +101,14 @@ def preprocess_unlabeled(
     with worker_pool(min(num_processes, len(jobs))) as pool:
         problems += reading_problems(pool, unread, dataset_json, plans.image_reader_writer_class)
         if problems:
-            raise ValueError(
-                f"Nothing was preprocessed: {len(problems)} problems in {images}\n  " + "\n  ".join(problems)
-            )
+            raise ValueError(f"Nothing was preprocessed. Problems in {images}:\n  " + "\n  ".join(problems))
         for target, configuration in targets.items():
             target.mkdir(parents=True, exist_ok=True)
             write_settings(target, preprocessing_settings(plans, configuration), chosen)
         unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
         write_cases(pool, scans, jobs, targets, unfinished, plans, dataset_json)
     for target, cases in finished.items():
-        print(f"{len(cases | scans.keys())} unlabeled cases in {target}, {len(scans.keys() - cases)} of them new.")
+        print(f"Unlabeled cases in {target}: {len(cases | scans.keys())}, {len(scans.keys() - cases)} of them new.")
         if cases - everything:
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - everything))}")
 

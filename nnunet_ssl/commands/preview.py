@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +22,14 @@ from torch import Tensor
 from nnunet_ssl.blocks.mixing import Mix, recorded
 from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, outline
 from nnunet_ssl.data.loading import Batch
+from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 LABELED, UNLABELED = REFERENCE, PREDICTION  # colours of what is known and of what is predicted
+WIDTH, HEIGHT = 2.6, 3.6  # inches of a patch at most; one of them is less, as the patch is wider or higher
+OUTLINE = 0.8  # points; the image has to be seen
 
 
 def preview(
@@ -57,7 +63,7 @@ def preview(
 
     Raises:
         FileNotFoundError: the checkpoint or the unlabeled scans are missing.
-        ValueError: the trainer is not one of ours.
+        ValueError: the trainer is not one of ours, or there is no such device.
     """
     dataset = str(maybe_convert_to_dataset_name(dataset))
     if not output.absolute().parent.is_dir():
@@ -67,7 +73,8 @@ def preview(
         file = Path(get_output_folder(dataset, trainer_name, plans_identifier, configuration, fold)) / checkpoint
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing. Leave -chk out to look at an untrained {trainer_name}.")
-    with _nothing_written():
+    require_device(device)
+    with _nothing_written(), quiet():
         trainer = get_trainer_from_args(
             dataset, configuration, fold, trainer_name, plans_identifier, device=torch.device(device)
         )
@@ -78,7 +85,9 @@ def preview(
         else:
             trainer.load_checkpoint(str(file))
         trainer.current_epoch, trainer.step = trainer.supervised_epochs, trainer.max_steps // 3
-        batch = trainer._to_device(next(trainer.get_dataloaders()[0]))
+        loader = trainer.get_dataloaders()[0]
+        item = next(loader)
+        batch, names = trainer._to_device(item), Names(list(item["keys"]), list(loader.data_loader.unlabeled.drawn))
         with torch.no_grad(), recorded() as calls:
             for _ in trainer.losses(batch):
                 pass
@@ -90,11 +99,13 @@ def preview(
     labels = trainer.label_manager
     regions = len(labels.foreground_regions) if labels.has_regions else 0
     rows = [
-        mixed_row(image, target, sample, batch, regions)
+        mixed_row(image, target, sample, batch, names, regions)
         for image, target in pairs
         for sample in sorted({0, len(image.mask) // 2})
     ]
-    draw(rows or [plain_row(batch, sample, regions) for sample in range(min(2, len(batch.image)))], output)
+    plain = [plain_row(batch, sample, names, regions) for sample in range(min(2, len(batch.image)))]
+    axes = ["zyx"[axis] for axis in trainer.plans_manager.transpose_forward]
+    draw(rows or plain, axes, output, random=checkpoint is None)
     return len(rows)
 
 
@@ -113,20 +124,40 @@ def _nothing_written() -> Iterator[None]:
                 os.environ.update({name: value} if value is not None else {})
 
 
-# a row is a list of columns, a column a title and what to show: gray values with outlines, or colours
-Row = list[tuple[str, np.ndarray, list[tuple[np.ndarray, str, str]]]]
+class Names(NamedTuple):
+    """The cases that the patches of a batch are of, in its order."""
+
+    labeled: list[str]
+    unlabeled: list[str]
 
 
-def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, regions: int) -> Row:
+class Column(NamedTuple):
+    """One picture of a row.
+
+    Attributes:
+        title: above it, in the first row.
+        values: gray values in [0, 1] (rows, columns), or colours (rows, columns, 3).
+        outlines: classes (rows, columns) with the colour and the style of the lines around them.
+        case: that it is of, where there is one.
+        slice: index and number of the patch's slices, where it has some.
+    """
+
+    title: str
+    values: np.ndarray
+    outlines: list[tuple[np.ndarray, str, str]]
+    case: str = ""
+    slice: tuple[int, int] | None = None
+
+
+Row = list[Column]
+
+
+def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, names: Names, regions: int) -> Row:
     """Columns of one mixed patch: its two sources, mask, mix and target."""
     mask = np.broadcast_to(image.mask[sample, 0].cpu().numpy(), image.first.shape[2:])
     sources = [(image.first[sample], target.first[sample]), (image.second[sample], target.second[sample])]
-    labeled = [any(torch.equal(source, known) for known in batch.image) for source, _ in sources]
-    for (source, _), is_labeled in zip(sources, labeled, strict=True):
-        if not is_labeled and not any(torch.equal(source, patch) for patch in batch.unlabeled):
-            raise RuntimeError(
-                "The method changes its patches before it mixes them: the preview cannot tell them apart."
-            )
+    origins = [origin(source, batch, names) for source, _ in sources]
+    labeled = [is_labeled for is_labeled, _ in origins]
     maps = [class_map(labels, regions) for _, labels in sources]
     mixed = class_map(target.result[sample], regions)
     # the colour of every voxel's source
@@ -136,28 +167,47 @@ def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, regions: int) 
     columns: Row = []
     for number in sorted((0, 1), key=lambda i: not labeled[i]):
         name, colour, style = ("labeled", LABELED, "solid") if labeled[number] else ("unlabeled", UNLABELED, "dashed")
-        shown = gray(sources[number][0], place)
-        columns.append((f"{name} patch", shown, [(maps[number][place], colour, style)]))
+        shown, outlines = gray(sources[number][0], place), [(maps[number][place], colour, style)]
+        columns.append(Column(f"{name} patch", shown, outlines, origins[number][1], number_of_slice(place, mask)))
     outlines = [(mixed * known, LABELED, "solid"), (mixed * ~known, UNLABELED, "dashed")]
     return [
         *columns,
-        ("mask", colours(np.zeros_like(mixed), known)[place], []),
-        ("mixed patch", gray(image.result[sample], place), [(m[place], c, s) for m, c, s in outlines]),
-        ("mixed target", colours(mixed, known)[place], []),
+        Column("mask", colours(np.zeros_like(mixed), known)[place], []),
+        Column("mixed patch", gray(image.result[sample], place), [(m[place], c, s) for m, c, s in outlines]),
+        Column("mixed target", colours(mixed, known)[place], []),
     ]
 
 
-def plain_row(batch: Batch, sample: int, regions: int) -> Row:
+def origin(patch: Tensor, batch: Batch, names: Names) -> tuple[bool, str]:
+    """Whether a patch (C, *spatial) is one of the labeled ones of the batch, and the case that it is of.
+
+    Raises: RuntimeError where it is none of the batch.
+    """
+    for is_labeled, patches, cases in ((True, batch.image, names.labeled), (False, batch.unlabeled, names.unlabeled)):
+        for known, case in zip(patches, cases, strict=True):
+            if torch.equal(patch, known):
+                return is_labeled, case
+    raise RuntimeError("The method changes its patches before it mixes them: the preview cannot tell them apart.")
+
+
+def plain_row(batch: Batch, sample: int, names: Names, regions: int) -> Row:
     """Columns of a method that does not mix: its patches."""
     labels = class_map(batch.labels[sample], regions)
     place = show_where(labels, labels > 0)
+    slice_, case = number_of_slice(place, labels), names.unlabeled[sample]
+    outlines = [(labels[place], LABELED, "solid")]
     row: Row = [
-        ("labeled patch", gray(batch.image[sample], place), [(labels[place], LABELED, "solid")]),
-        ("unlabeled patch", gray(batch.unlabeled[sample], place), []),
+        Column("labeled patch", gray(batch.image[sample], place), outlines, names.labeled[sample], slice_),
+        Column("unlabeled patch", gray(batch.unlabeled[sample], place), [], case, slice_),
     ]
     if batch.unlabeled_weak is not None:
-        row.append(("its weak view", gray(batch.unlabeled_weak[sample], place), []))
+        row.append(Column("its weak view", gray(batch.unlabeled_weak[sample], place), [], case, slice_))
     return row
+
+
+def number_of_slice(place: tuple, patch: np.ndarray) -> tuple[int, int] | None:
+    """Index and number of slices, for the `place` that is shown of a patch; None where the patch is one slice."""
+    return None if patch.ndim == 2 else (place[0], len(patch))
 
 
 def class_map(target: Tensor, regions: int) -> np.ndarray:
@@ -195,26 +245,47 @@ def colours(classes: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(classes[..., None] > 0, hues * dark[..., None], 1 - 0.25 * (1 - hues))
 
 
-def draw(rows: Sequence[Row], output: Path) -> None:
-    """Writes rows of columns as a PNG file."""
-    width = 2.2 * max(map(len, rows))
-    figure = Figure(figsize=(width, 2.2 * len(rows) + 0.4), layout="constrained")
-    for axes, row in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
-        for axis, (title, values, outlines) in zip(axes, row, strict=True):
-            _draw_column(axis, values, outlines)
-            axis.set_title(title if row is rows[0] else "")
-    handles = [
-        Patch(color=LABELED, label="labeled scan, label"),
-        Patch(color=UNLABELED, label="unlabeled scan, pseudo label"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+def draw(rows: Sequence[Row], axes: Sequence[str], output: Path, random: bool = False) -> None:
+    """Writes rows of columns as a PNG file.
+
+    Args:
+        rows: all of the same size.
+        axes: names of the three axes of the preprocessed scans, as "z", "y", "x".
+        output: the file.
+        random: the networks are not trained: what they predict is not drawn over the images.
+    """
+    number, (high, wide) = len(rows[0]), rows[0][0].values.shape[:2]
+    inch = min(WIDTH / wide, HEIGHT / high)  # of a voxel
+    captions = 0.5 if rows[0][0].slice else 0.3
+    size = (max(number * inch * wide, 6), len(rows) * (inch * high + captions) + 0.8)
+    figure = Figure(figsize=size, layout="compressed")  # no white space around flat patches
+    panels = figure.subplots(len(rows), number, squeeze=False)
+    for of_row, row in zip(panels, rows, strict=True):
+        for axis, column in zip(of_row, row, strict=True):
+            outlines = [o for o in column.outlines if not (random and o[1] == UNLABELED)]
+            _draw_column(axis, column.values, outlines)
+            axis.set_title(column.title if row is rows[0] else "", fontsize=10)
+            lines = [column.case, ""]
+            if column.slice:
+                lines[1] = f"slice {column.slice[0] + 1} of {column.slice[1]} along {axes[0]}"
+            # 14 letters an inch
+            text = "\n".join(fill(line, max(12, int(14 * inch * wide))) for line in lines if line)
+            axis.set_xlabel(text, fontsize=7)
+    handles = [Patch(color=LABELED, label="labeled scan, label")]
+    if any(colour == UNLABELED for column in rows[0] for _, colour, _ in column.outlines):
+        text = f"unlabeled scan, pseudo label{' (of an untrained network)' * random}"
+        handles.append(Patch(color=UNLABELED, label=text))
+    title = f"plane {axes[1]}-{axes[2]} of the preprocessed scans"
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2, frameon=False, title=title, fontsize=8, title_fontsize=8
+    )
     with replacing(output) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
 
 
 def _draw_column(axis: Axes, values: np.ndarray, outlines: list) -> None:
     axis.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     for classes, colour, style in outlines:
         for value in range(1, classes.max(initial=0) + 1):
-            outline(axis, classes >= value, colour, style)
+            outline(axis, classes >= value, colour, style, OUTLINE)
     axis.set(xticks=[], yticks=[])

@@ -186,11 +186,11 @@ def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, 
     dropped = len(list(labels.glob(f"*{ending}"))) - len(kept)
     if dropped:
         print(
-            f"{dropped} labels of an interrupted run are dropped: their scans have changed since, or another model, "
+            f"Dropped labels of an interrupted run: {dropped}. Their scans have changed since, or another model, "
             f"checkpoint or mirroring made them."
         )
     if kept:
-        print(f"{len(kept)} of {number} scans were labeled by an interrupted run of the same model: these are kept.")
+        print(f"Labeled by an interrupted run of the same model, and kept: {len(kept)} of {number} scans.")
         shutil.rmtree(unfinished / SCRATCH, ignore_errors=True)
         names = {f"{case}{suffix}" for case in kept for suffix in (ending, ".json")}  # .json: beside a TIFF
         for file in labels.iterdir():
@@ -254,7 +254,7 @@ def sort_cases(
         entry = read_fold(splits, fold)
     missing = sorted({case for key in ("train", "val", "unlabeled") for case in entry.get(key, [])} - cases.keys())
     if missing:
-        raise ValueError(f"{len(missing)} cases of fold {fold} in {splits} are not in {raw}: {', '.join(missing[:5])}.")
+        raise ValueError(f"Cases of fold {fold} in {splits} are not in {raw}: {', '.join(missing[:5])}.")
     twice = sorted(set(entry.get("unlabeled", [])) & {*entry["train"], *entry["val"]})
     if twice:
         raise ValueError(f"{splits}: cases of fold {fold} are unlabeled and labeled at once: {', '.join(twice[:5])}.")
@@ -281,7 +281,7 @@ def check_scans(
     with worker_pool(min(num_processes, len(scans))) as pool:
         problems = reading_problems(pool, scans, dataset_json, reader)
     if problems:
-        raise ValueError(f"Nothing was labeled: {len(problems)} problems\n  " + "\n  ".join(problems))
+        raise ValueError("Nothing was labeled. Problems:\n  " + "\n  ".join(problems))
 
 
 def predict(

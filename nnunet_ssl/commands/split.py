@@ -10,6 +10,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.splits import save_splits
+from nnunet_ssl.system.wording import counted
 
 KINDS = {"train": "labeled", "val": "for validation", "unlabeled": "unlabeled"}
 VAL_FRACTION = 0.2  # part of the cases that is held out for validation unless their number is given
@@ -36,7 +37,7 @@ def nested_folds(
         raise ValueError(f"--val {val} is too small: nnU-Net validates every fold, so it needs at least 1 case.")
     if max(labeled) + val > len(cases):
         raise ValueError(
-            f"--labeled {max(labeled)} and --val {val} need {max(labeled) + val} cases, but the dataset has "
+            f"--labeled {max(labeled)} and --val {val} need {counted(max(labeled) + val, 'case')}, but the dataset has "
             f"{len(cases)}. Lower --labeled or --val."
         )
     # RandomState: NumPy guarantees its stream for good, so that a seed means the same split in every version.
@@ -68,7 +69,7 @@ def split_dataset(
     without_label = sorted(case for case, of_case in files.items() if not Path(of_case["label"]).is_file())
     if without_label:
         raise FileNotFoundError(
-            f"{len(without_label)} of {len(files)} cases in {raw / 'imagesTr'} have no label file: "
+            f"{len(without_label)} of {counted(len(files), 'case')} in {raw / 'imagesTr'} without a label file: "
             f"{', '.join(without_label)}. Move their images to {raw / 'imagesUn'}: these need no split."
         )
     folds = nested_folds([str(case) for case in files], labeled, val, seed)

@@ -169,6 +169,10 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self.geometry, self.intensity, self.masking = split_transforms(transforms)
         self.weak_view = weak_view
 
+    def get_indices(self):
+        self.drawn = super().get_indices()
+        return self.drawn
+
     def generate_train_batch(self) -> dict[str, Tensor]:
         views = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.files import read_json, replacing
+from nnunet_ssl.system.wording import counted
 
 PREDICTED_FOREGROUND = "nnUNet_ssl_predicted_foreground"  # environment variable: a dataset that pseudo-label has made
 FILES = ("_seg.b2nd", ".b2nd", ".pkl")  # of a preprocessed case; moved into place in this order, the last one marks it
@@ -146,7 +147,8 @@ def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Seque
     missing = [case for case, path in listed.items() if path.name not in present]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} unlabeled cases of the fold are not in {folder}: {', '.join(missing[:5])}. "
+            f"{counted(len(missing), 'unlabeled case of the fold is', 'unlabeled cases of the fold are')} not in "
+            f"{folder}: {', '.join(missing[:5])}. "
             f"Run nnUNetv2_preprocess for this configuration again, or correct splits_final.json."
         )
     cases = finished_cases(own)
@@ -215,7 +217,8 @@ def predicted_foreground(
     missing = sorted(files.keys() - finished_cases(folder / identifier))
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} cases of {name} are not in {folder / identifier}: {', '.join(missing[:5])}. Run: "
+            f"{counted(len(missing), f'case of {name} is', f'cases of {name} are')} not in "
+            f"{folder / identifier}: {', '.join(missing[:5])}. Run: "
             f"nnUNetv2_preprocess -d {number} -plans_name {model['plans']} -c {alike[0]}"
         )
     return files

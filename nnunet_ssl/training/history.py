@@ -16,14 +16,16 @@ from matplotlib.ticker import MaxNLocator
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
 
-STYLES = ("solid", "dashed", "dotted", "dashdot")
+STYLES = ("solid", "dashed", "dotted", "dashdot", (0, (6, 1, 1, 1, 1, 1)))
+# colour and dashes of a line, no pair twice; neighbours differ in both, so that one line on top of another is seen
+LOOKS = tuple((COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]) for i in range(len(COLOURS) * len(STYLES)))
 NAMES = {  # column of the table to its name in the picture
     "ramp": "weight of the ramp-up",
     "agreement": "Dice of {other} and student",
     "pseudo_confidence": "confidence of {other}'s foreground",
     "labeled_foreground": "labels",
     "pseudo_foreground": "labels by {other}",
-    "feature_distance": "of different patches",
+    "feature_distance": "between different patches",
 }
 DRAWING_SHARE = 0.005  # of the training time, at most
 
@@ -121,11 +123,12 @@ def draw(columns: dict[str, tuple[float, ...]], other: str, boundary: int = 0) -
     """Panels over the epochs: loss terms; Dice; agreement, confidence and ramp-up; foreground; distance of features.
 
     Args:
-        columns: those of losses.csv, by name.
+        columns: those of losses.csv, by name; one without any finite number is left out, and so is a panel without any.
         other: name of the network that makes the pseudo labels.
         boundary: first epoch of the semi-supervised phase, marked by a line; 0: none.
     """
-    epochs = columns["epoch"]
+    columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
+    epochs = np.array(columns["epoch"])
     dice = {name: values for name, values in columns.items() if name.startswith("dice_")}
     terms = {name: values for name, values in columns.items() if name not in ("epoch", *NAMES, *dice)}
     named = {name: (text.format(other=other), columns.get(name)) for name, text in NAMES.items()}
@@ -140,20 +143,26 @@ def draw(columns: dict[str, tuple[float, ...]], other: str, boundary: int = 0) -
         ("foreground", "part of the voxels (%)", _there(named, "labeled_foreground", "pseudo_foreground", factor=100)),
         ("bottleneck features of the student", "1 - cosine", _there(named, "feature_distance")),
     ]
-    figure = Figure(figsize=(16, 7.5))
-    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.07, top=0.95, wspace=0.18, hspace=0.3)
-    *axes, spare = figure.subplots(2, 3).flat
-    spare.remove()
+    panels = [panel for panel in panels if panel[2]]
+    figure = Figure(figsize=(11, 2.4 * len(panels) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axis, (title, label, lines) in zip(axes, panels, strict=True):
         _lines(axis, epochs, lines)
-        axis.set(title=title, xlabel="epoch", ylabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(title, loc="left")
+        axis.set_ylabel(label)
+        if label in ("mean Dice", "0 to 1"):
+            axis.set_ylim(-0.03, 1.03)
+        elif label != "loss":
+            axis.update_datalim([(epochs[0], 0.0)])  # with 0, and nothing on the border
+            axis.autoscale_view()
         if boundary:
-            axis.axvline(boundary - 0.5, color="0.6", linestyle="dotted", zorder=0)
-        if label != "loss":
-            axis.set_ylim(bottom=0)
-    for axis in figure.axes[1:3]:
-        axis.set_ylim(0, 1.02)
+            text = f"semi-supervised phase\nfrom epoch {boundary}" if axis is axes[0] else None
+            axis.axvline(boundary - 0.5, color="0.4", linestyle="dotted", zorder=0, label=text)
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+    axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    margin = max(0.5, 0.02 * np.ptp(epochs))  # one epoch is a point in the middle
+    axes[-1].set_xlim(epochs.min() - margin, epochs.max() + margin)
     return figure
 
 
@@ -161,10 +170,10 @@ def _there(named: dict, *names: str, factor: float = 1.0) -> dict[str, list[floa
     return {named[n][0]: [factor * value for value in named[n][1]] for n in names if named[n][1] is not None}
 
 
-def _lines(axis: Axes, epochs: tuple[float, ...], lines: dict) -> None:
-    looks = [(colour, dashes) for dashes in STYLES for colour in COLOURS]
-    for (name, values), (colour, dashes) in zip(lines.items(), cycle(looks), strict=False):
-        marker = "o" if np.isfinite(values).sum() == 1 else None  # a single epoch is no line
-        axis.plot(epochs, values, color=colour, linestyle=dashes, marker=marker, markersize=3, label=name)
-    if lines:
-        axis.legend(frameon=False, fontsize="small")
+def _lines(axis: Axes, epochs: np.ndarray, lines: dict) -> None:
+    for (name, values), (colour, dashes) in zip(lines.items(), cycle(LOOKS), strict=False):
+        there = np.pad(np.isfinite(values), 1)
+        alone = there[1:-1] & ~there[:-2] & ~there[2:]  # a single epoch is no line
+        marker = "o" if alone.any() else None
+        look = {"color": colour, "linestyle": dashes, "linewidth": 1.3}
+        axis.plot(epochs, values, marker=marker, markevery=np.flatnonzero(alone), markersize=4, label=name, **look)

@@ -10,6 +10,8 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunet_ssl.system.wording import counted
+
 
 def start_loaders(training: DataLoader, validation: DataLoader, device: torch.device, channels: int, described: Path):
     """Starts nnU-Net's workers, as many as nnU-Net would, and draws the first batch of each loader.
@@ -35,8 +37,8 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
     found = batch["data"].shape[1]
     if found != channels:
         raise ValueError(
-            f"The preprocessed labeled cases have {found} channels, but dataset.json has {channels}. Correct "
-            f"{described}, or preprocess again."
+            f"The preprocessed labeled cases have {counted(found, 'channel')}, but dataset.json has {channels}. "
+            f"Correct {described}, or preprocess again."
         )
     return train, val
 

@@ -23,6 +23,7 @@ from nnunet_ssl.data.preprocessed import (
 )
 from nnunet_ssl.data.scans import unlabeled_scans
 from nnunet_ssl.data.splits import CROSSVAL_FOLDS, check_fold, read_fold
+from nnunet_ssl.system.wording import counted
 
 
 def refuse_unsupported(trainer: type, base: type, configuration: str, cascaded: bool) -> None:
@@ -79,8 +80,8 @@ def check_numbered_fold(splits: Path, fold: int | str, folder: Path) -> None:
     number = len(finished_cases(folder))
     if not splits.is_file() and number < CROSSVAL_FOLDS:
         raise ValueError(
-            f"{folder} has {number} cases, too few for the {CROSSVAL_FOLDS} folds that nnU-Net draws. Write a fold "
-            f"into {splits}, as " + '[{"train": ["CASE_A"], "val": ["CASE_B"]}], or train fold all.'
+            f"{folder} has {counted(number, 'case')}, too few for the {CROSSVAL_FOLDS} folds that nnU-Net draws. Write "
+            f"a fold into {splits}, as " + '[{"train": ["CASE_A"], "val": ["CASE_B"]}], or train fold all.'
         )
 
 
@@ -89,8 +90,9 @@ def check_cases(train: list[str], val: list[str], fold: int | str, splits: Path,
     missing = sorted({*train, *val} - finished_cases(folder))
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} cases of fold {fold} are not in {folder}, or not all three files of them: "
-            f"{', '.join(missing[:5])}. Run nnUNetv2_preprocess for this configuration again, or correct {splits}."
+            f"{counted(len(missing), f'case of fold {fold} is', f'cases of fold {fold} are')} not in {folder}, or not "
+            f"with all three files: {', '.join(missing[:5])}. Run nnUNetv2_preprocess for this configuration "
+            f"again, or correct {splits}."
         )
 
 
@@ -102,7 +104,7 @@ def refuse_empty_labels(cases: list[str], fold: int | str, folder: Path, labels:
         if any(len(voxels) for label, voxels in found.items() if label != everything):
             return
     raise ValueError(
-        f"None of the {len(cases)} labeled cases of fold {fold} has a voxel of a foreground label: "
+        f"None of the {counted(len(cases), 'labeled case')} of fold {fold} has a voxel of a foreground label: "
         f"{', '.join(cases[:5])}. Check their files in labelsTr, and labels in dataset.json."
     )
 
@@ -167,8 +169,8 @@ def check_channels(unlabeled: UnlabeledDataset, channels: int, described: Path) 
         raise unlabeled.damaged(first, error) from error
     if found != channels:
         raise ValueError(
-            f"The preprocessed unlabeled cases have {found} channels, but dataset.json has {channels}. Correct "
-            f"{described}, or preprocess again."
+            f"The preprocessed unlabeled cases have {counted(found, 'channel')}, but dataset.json has {channels}. "
+            f"Correct {described}, or preprocess again."
         )
 
 
@@ -203,12 +205,13 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         f"{type(trainer).__name__}: {', '.join(f'{name} = {value}' for name, value in sorted(settings.items()))}",
     ]
     if unlabeled.predicted:
-        found = f"{len(unlabeled.predicted.keys() & unlabeled.files)} of {len(unlabeled)} unlabeled cases"
+        found = f"{len(unlabeled.predicted.keys() & unlabeled.files)} of {counted(len(unlabeled), 'unlabeled case')}"
         lines.append(f"Unlabeled patches are oversampled where a model found foreground, in {found}.")
     images, missing = unprocessed_scans(trainer.plans_manager.dataset_name, trainer.dataset_json, unlabeled.files)
     if missing:
         lines.append(
-            f"WARNING: {len(missing)} scans of {images} are not preprocessed and not used. Run: nnunet-ssl preprocess "
+            f"WARNING: {counted(len(missing), f'scan of {images} is', f'scans of {images} are')} not preprocessed and "
+            f"not used. Run: nnunet-ssl preprocess "
             f"-d {trainer.plans_manager.dataset_name[7:10]} -c {trainer.configuration_name}"
         )
     return "\n".join(lines)

@@ -402,6 +402,7 @@ def test_test_scans_and_labels_that_do_not_fit_are_refused(trained, fake, capsys
 def test_a_device_that_is_not_there_is_refused(trained, fake, capsys, monkeypatch):
     monkeypatch.setattr(run_module.torch.cuda, "is_available", lambda: False)
     refused(trained, capsys, "-device cpu", device="cuda")
+    refused(trained, capsys, "-device cpu", device="cuda", trainers=["nnUNetTrainerBCP"])  # before training is advised
 
 
 def test_settings_for_slurm_are_checked(trained, fake, capsys, slurm):
@@ -420,6 +421,42 @@ def test_submitit_is_asked_for_only_where_it_is_needed(trained, fake, capsys, mo
     monkeypatch.setitem(sys.modules, "submitit", None)
     refused(trained, capsys, "pip install nnunet-ssl[slurm]", "--launcher", "slurm")
     assert compare() == 0
+
+
+def test_a_job_shows_how_far_it_is(trained, fake, capsys):
+    assert compare(trainers=THREE[:2]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith("nnUNetTrainer")]
+    assert shown == [
+        text
+        for trainer in THREE[:2]
+        for text in (
+            f"{trainer}, fold 0: prediction",
+            f"{trainer}, fold 0: evaluation",
+        )
+    ]
+
+
+def test_a_job_tells_the_epoch_and_the_number_of_scans(trained, fake, monkeypatch, capsys):
+    def train(program, arguments, log, environment=None, tick=lambda: None):
+        if program == "nnUNetv2_train":
+            tick()
+            log.write_text(
+                "2026-01-01 10:00:00.1: \n2026-01-01 10:00:00.2: Epoch 7 \n2026-01-01 10:00:00.3: Epoch time: 3 s\n"
+            )
+            tick()
+            checkpoint(trained, THREE[1])
+        else:
+            fake_execute(program, arguments, log)
+            tick()
+        return 0
+
+    (out(trained).parent / f"{THREE[1]}__nnUNetPlans__3d_fullres" / "fold_0" / "checkpoint_final.pth").unlink()
+    monkeypatch.setattr(job_module, "execute", train)
+    told = []
+    monkeypatch.setattr(run_module, "show", lambda bar, job, step, shown: told.append(step))
+    assert compare("--train", trainers=THREE[1:2]) == 0
+    assert told == ["training", "training (epoch 7)", "prediction (3 of 3)", "evaluation"]
 
 
 # ---- numbers ----
@@ -726,4 +763,4 @@ def test_nnunet_trains_and_predicts_in_a_job_and_nothing_is_left_to_do_then(tmp_
     before = evaluated.stat().st_mtime_ns
     assert main(line) == 0
     assert evaluated.stat().st_mtime_ns == before
-    assert "1 of 1 jobs were finished before" in capsys.readouterr().out
+    assert "Finished before: 1 of 1 job" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.autoregister import trainers_folder
+from nnunet_ssl.cli import main
 from nnunet_ssl.commands import doctor as doctor_module
 from nnunet_ssl.commands.doctor import doctor, list_trainers
 from nnunet_ssl.data.preprocessed import preprocessing_settings, write_settings
@@ -121,8 +122,8 @@ def test_each_folder_that_is_not_there_gets_its_fix(monkeypatch, capsys, dataset
     assert doctor("901") == 1
     out = capsys.readouterr().out
     assert "export nnUNet_raw=" in out
-    assert f'mkdir -p "{tmp_path / "missing"}"' in out
-    assert f'chmod u+w "{os.environ["nnUNet_results"]}"' in out
+    assert f"mkdir -p {tmp_path / 'missing'}," in out
+    assert f"chmod u+w {os.environ['nnUNet_results']}," in out
     assert "set the three folders first" in out
 
 
@@ -173,7 +174,7 @@ def test_no_unlabeled_cases_at_all_fails(capsys, dataset):
 def test_files_of_images_un_that_are_no_scans_are_named(capsys, dataset):
     touch(raw(dataset) / "imagesUn", "plain.nii.gz")
     assert doctor("901", ["3d_fullres"]) == 1
-    assert "1 files are no scans, as plain.nii.gz: not a scan; expected CASE_0000.nii.gz" in capsys.readouterr().out
+    assert "1 file is no scan, as plain.nii.gz: not a scan; expected CASE_0000.nii.gz" in capsys.readouterr().out
 
 
 def test_images_un_must_all_be_preprocessed(capsys, dataset):
@@ -193,7 +194,7 @@ def test_unlabeled_cases_of_a_fold_must_be_preprocessed(capsys, dataset):
     folds = [{"train": ["case_0"], "val": ["case_1"], "unlabeled": unlabeled} for unlabeled in (["case_2"], ["x"], [])]
     (dataset / "splits_final.json").write_text(json.dumps([*folds, {"train": ["case_0"], "val": ["case_1"]}]))
     assert doctor("901", ["3d_fullres"], fold=0) == 0
-    assert "fold 0: 1 unlabeled cases in splits_final.json\n" in capsys.readouterr().out
+    assert "fold 0: 1 unlabeled case in splits_final.json\n" in capsys.readouterr().out
     assert doctor("901", ["3d_fullres"], fold=1) == 1
     out = capsys.readouterr().out
     assert "1 of them missing in plans_3d" in out
@@ -243,3 +244,64 @@ def test_a_damaged_file_is_reported(capsys, dataset):
 def test_what_cannot_be_found_is_reported(capsys, dataset, arguments, text):
     assert doctor(**arguments) == 1
     assert text in capsys.readouterr().out
+
+
+def test_fold_all_needs_scans_in_images_un_and_no_list(capsys, dataset):
+    fold = {"train": ["case_0"], "val": ["case_1"], "unlabeled": ["case_2"]}
+    (dataset / "splits_final.json").write_text(json.dumps([fold]))
+    assert doctor("901", ["3d_fullres"], fold="all") == 1  # its labels are used
+    out = capsys.readouterr().out
+    assert f"no unlabeled cases for fold all: none in {raw(dataset) / 'imagesUn'}" in out
+    assert "split" not in out
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_0"))
+    assert main(["doctor", "-d", "901", "-c", "3d_fullres", "-f", "all"]) == 0
+
+
+def test_a_configuration_without_unlabeled_cases_is_not_meant_where_another_one_has_some(capsys, dataset):
+    """nnU-Net preprocesses 2d as well; who trains 3d_fullres alone has a sound set-up."""
+    touch(raw(dataset) / "imagesUn", "u_0_0000.nii.gz", "u_0_0001.nii.gz")
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_0"))
+    touch(dataset / "plans_2d", *case_files("case_0"))
+    assert doctor("901") == 0, capsys.readouterr().out
+    assert doctor("901", ["2d"]) == 1
+
+
+def test_json_is_all_that_is_printed(capsys, dataset):
+    touch(dataset / "plans_3d_unlabeled", *case_files("u_0"))
+    assert main(["doctor", "--json", "-d", "901"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is True
+    names = [check["name"] for check in found["checks"]]
+    assert {"python", "torch", "nnUNet_raw", "device", "Dataset901_Doctor 3d_fullres"} <= set(names)
+    assert all(check["ok"] and check["text"] for check in found["checks"])
+    assert main(["doctor", "--json", "-d", "902"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is False
+    assert [bool(check["fix"]) for check in found["checks"] if not check["ok"]] == [True]
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "text"), [("0", 0, "env -u nnUNet_n_proc_DA"), ("x", 1, "export"), ("3", 0, "3")]
+)
+def test_a_number_of_workers_that_planning_does_not_take_is_said(value, code, text, capsys, dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", value)
+    assert doctor() == code
+    line, *_ = [line for line in capsys.readouterr().out.partition("nnUNet_n_proc_DA")[2].split("\n\n") if line]
+    assert text in line
+    monkeypatch.delenv("nnUNet_n_proc_DA")
+    assert doctor() == 0
+    assert "nnUNet_n_proc_DA" not in capsys.readouterr().out
+
+
+def test_folders_with_spaces_are_quoted_in_commands(capsys, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "my results"))
+    assert doctor() == 1
+    assert f"mkdir -p '{tmp_path / 'my results'}'" in capsys.readouterr().out
+
+
+def test_our_own_folder_written_in_another_way_hides_nothing(monkeypatch, capsys, trainers, tmp_path):
+    (trainers / "nnUNetTrainerOne.py").write_text(TRAINER.format(name="nnUNetTrainerOne"))
+    (tmp_path / "link").symlink_to(trainers)
+    for folder in (f"{trainers}{os.sep}", str(tmp_path / "link")):
+        monkeypatch.setenv("nnUNet_extTrainer", folder)
+        assert doctor() == 0, capsys.readouterr().out

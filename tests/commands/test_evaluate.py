@@ -217,7 +217,7 @@ def test_a_folder_is_evaluated_by_case_and_region(folders, capsys):
     assert core["HD95_mm"]["worst"] == expected["HD95_mm"]
     shown = capsys.readouterr().out
     assert "| label | Dice (%) | Jaccard (%) | HD95 (mm) | ASD (mm) | ASSD (mm) | worst Dice (%) |" in shown
-    assert "core: no distance in 1 cases, where a mask is empty" in shown
+    assert "core: no distance in 1 case, where a mask is empty" in shown
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,39 @@ def test_missing_surplus_and_displaced_files_are_named_and_nothing_is_written(fo
 def test_without_dataset_json_or_references_the_message_says_so(folders, capsys):
     (folders / "prediction" / "dataset.json").unlink()
     assert run(folders) == 1
-    assert "Give one: -djfile FILE" in capsys.readouterr().err
+    assert "Give one: -djfile FILE, or the values of the labels: -l 1 2" in capsys.readouterr().err
     assert run(folders, f"-djfile {folders}/none.json") == 1
     (folders / "dataset.json").write_text('{"labels": {"background": 0, "a": 1}, "file_ending": ".png"}')
     capsys.readouterr()
     assert run(folders) == 1
     assert "reference has no file *.png" in capsys.readouterr().err
+
+
+def test_labels_take_the_place_of_a_dataset_json(folders, capsys):
+    (folders / "prediction" / "dataset.json").unlink()
+    assert run(folders, "-l 2 1") == 0
+    summary = json.loads((folders / "prediction" / "evaluation.json").read_text(encoding="utf-8"))
+    assert list(summary["labels"]) == ["2", "1"]
+    two = case_metrics(*(
+        sitk.GetArrayFromImage(sitk.ReadImage(str(folders / kind / "case_0.nii.gz"))) == 2
+        for kind in ("prediction", "reference")
+    ), SPACING[::-1])  # fmt: skip
+    with open(folders / "prediction" / "evaluation.csv", newline="") as f:
+        assert float(next(csv.DictReader(f))["Dice"]) == two["Dice"]
+    assert "reader" not in capsys.readouterr().out  # what nnU-Net says
+
+
+@pytest.mark.parametrize(
+    ("options", "harm", "message"),
+    [
+        ("-l 0 1", lambda f: None, "-l 0 is no label: 0 is the background"),
+        ("-l 1", lambda f: (f / "reference" / "a.png").touch(), "files of several formats (.nii.gz, .png)"),
+        ("-l 1", lambda f: [file.unlink() for file in (f / "reference").iterdir()], "has no file that nnU-Net reads"),
+    ],
+    ids=["background", "formats", "empty"],
+)
+def test_labels_that_fit_nothing_are_refused(options, harm, message, folders, capsys):
+    harm(folders)
+    assert run(folders, options) == 1
+    assert message in capsys.readouterr().err
+    assert not (folders / "prediction" / "evaluation.csv").exists()

@@ -15,6 +15,7 @@ from tiny_trainers import every_trainer, make_trainer, seed
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.export import PROVENANCE_KEY, export_model
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -249,19 +250,20 @@ def test_an_existing_folder_is_left_alone(trained, tmp_path, capsys):
 
 
 def test_a_stock_model_and_another_architecture_are_refused(trained, tmp_path, monkeypatch):
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-    model = model_folder(trained, "nnUNetTrainer")
-    (model / "fold_0").mkdir(parents=True)
-    torch.save({"network_weights": {}}, model / "fold_0/checkpoint_final.pth")
-    for name in ("plans.json", "dataset.json"):
-        (model / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"was not written by one of our trainers.* Use nnUNetv2_export_model_to_zip"):
+    with pytest.raises(ValueError, match=r"export makes models of our trainers.*: nnUNetv2_export_model_to_zip"):
         export_model("701", "3d_fullres", "nnUNetTrainer", tmp_path / "out")
 
-    class Other(nnUNetTrainer):
+    class Other(SemiSupervisedTrainer):
         build_network_architecture = staticmethod(lambda *_: None)
 
     monkeypatch.setattr("nnunet_ssl.commands.export.recursive_find_trainer_class_by_name", lambda name: Other)
     with pytest.raises(NotImplementedError, match="builds its own network"):
         export_model("701", "3d_fullres", "nnUNetTrainerM3HL", tmp_path / "out")
+
+
+def test_paths_are_quoted_and_nothing_of_nnunet_is_printed(trained, tmp_path, capsys):
+    output = tmp_path / "my model"
+    assert main(["export", *"-d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -o".split(), str(output)]) == 0  # noqa: SIM905
+    shown = capsys.readouterr()
+    assert f"nnUNetv2_predict_from_modelfolder -m '{output}' -f 0" in shown.out
+    assert "Searching" not in shown.out + shown.err

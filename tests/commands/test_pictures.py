@@ -3,8 +3,8 @@ import pytest
 import SimpleITK as sitk
 from matplotlib import colors, image
 
-from nnunet_ssl.commands import demo
-from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, compare_segmentations
+from nnunet_ssl.commands import demo, pictures
+from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, compare_cases, compare_segmentations
 
 
 def write(array, file):
@@ -62,3 +62,39 @@ def test_the_demo_shows_the_scans_that_gain_most_and_least(tmp_path, monkeypatch
     assert list(shown["predictions"]) == ["A", "B"]
     assert shown["predictions"]["B"][0] == tmp_path / "predictions" / "B_8epochs" / "test_1.nii.gz"
     assert shown["output"] == tmp_path / demo.PICTURE
+
+
+def test_the_dice_is_said_to_be_that_of_the_whole_scan(tmp_path, monkeypatch):
+    figures = figures_of(monkeypatch)
+    scan = write(np.zeros((6, 24, 24), np.float32), tmp_path / "case_0000.nii.gz")
+    reference = write(organ(8, 16), tmp_path / "case.nii.gz")
+    compare_segmentations([scan], [reference], {"one": [reference]}, tmp_path / "p.png")
+    assert [axis.get_xlabel() for axis in figures[0].axes] == ["", "Dice of the scan 100 %"]
+
+
+def figures_of(monkeypatch):
+    """The figures that are drawn from now on."""
+    figures, original = [], pictures.Figure
+    monkeypatch.setattr(pictures, "Figure", lambda **options: figures.append(original(**options)) or figures[-1])
+    return figures
+
+
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_nothing_of_a_comparison_is_cut_off_or_wrong_of_one_trainer(number, tmp_path, monkeypatch):
+    figures = figures_of(monkeypatch)
+    dice = {f"nnUNetTrainerCoLearning{i}_300epochs": {"a": 0.5, "b": 0.6} for i in range(number)}
+    compare_cases(dice, tmp_path / "p.png")
+    (axis,) = figures[0].axes
+    figures[0].draw_without_rendering()  # at the figure's own resolution
+    for text in (axis.title, *axis.get_xticklabels()):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figures[0].bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figures[0].bbox.y1
+    assert ("line" in axis.get_title()) == (number > 1)
+    assert axis.get_title().startswith("2 test cases;")
+
+
+def test_a_single_case_is_not_plural(tmp_path, monkeypatch):
+    figures = figures_of(monkeypatch)
+    compare_cases({"a": {"x": 0.5}}, tmp_path / "p.png")
+    assert figures[0].axes[0].get_title().startswith("1 test case;")

@@ -250,7 +250,7 @@ def test_a_restart_labels_only_the_scans_that_are_left(labels, network, written,
     assert same_dataset(folder, written)
     assert not list(Path(paths.nnUNet_raw).glob(".Dataset983*"))
     output = capsys.readouterr()
-    assert "2 of 6 scans were labeled by an interrupted run" in output.out
+    assert "Labeled by an interrupted run of the same model, and kept: 2 of 6 scans" in output.out
     assert "4/4" in output.err
 
 
@@ -285,7 +285,7 @@ def test_labels_of_another_model_are_dropped(labels, network, model, capsys, cha
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         file.with_name("checkpoint_copy.pth").unlink(missing_ok=True)
     assert network.count == 6
-    assert "2 labels of an interrupted run are dropped" in capsys.readouterr().out
+    assert "Dropped labels of an interrupted run: 2." in capsys.readouterr().out
 
 
 def test_a_scan_that_is_newer_than_its_label_is_labeled_again(labels, network, written):
@@ -342,7 +342,7 @@ def test_a_training_oversamples_what_the_model_found(written, tiny_dataset, monk
         ("981", {"dataset": "Dataset703_Other"}, "was labeled by a model of Dataset703_Other"),
         ("981", {"cases": UNLABELED[1:]}, "has seen labels which this fold must not know, of case_003"),
         ("981", {"plans": "other"}, "was preprocessed with other plans"),
-        ("981", {"cases": [*UNLABELED, "lost"]}, "1 cases of Dataset981_TinyPseudoLabels are not in .*: lost. Run: "),
+        ("981", {"cases": [*UNLABELED, "lost"]}, "1 case of Dataset981_TinyPseudoLabels is not in .*: lost. Run: "),
     ],
     ids=["no dataset", "no number", "true labels", "other dataset", "other labels", "other plans", "not preprocessed"],
 )

@@ -99,10 +99,10 @@ BAD_DATA = {
     ),
     "channels_changed": (
         lambda f: change(f / "dataset.json", lambda d: d.update(channel_names={"0": "T1", "1": "T2"})),
-        "cases have 1 channels, but dataset.json has 2",
+        "cases have 1 channel, but dataset.json has 2",
     ),
     "settings_damaged": (lambda f: (f / f"{OWN}.json").write_text('{"spacing'), f"{OWN}.json is cut off or not JSON"),
-    "unknown_unlabeled": (lambda f: folds(f, {**FOLD, "unlabeled": ["nobody"]}), "fold are not in .*: nobody"),
+    "unknown_unlabeled": (lambda f: folds(f, {**FOLD, "unlabeled": ["nobody"]}), "fold is not in .*: nobody"),
     "unlabeled_twice": (
         lambda f: folds(f, {**FOLD, "unlabeled": CASES[3:5] + CASES[3:4]}),
         '"unlabeled" of fold 0 names cases more than once: case_003',
@@ -110,7 +110,7 @@ BAD_DATA = {
     "unlabeled_no_list": (lambda f: folds(f, {**FOLD, "unlabeled": "case_003"}), "must be a list of case names"),
     "unknown_train": (
         lambda f: folds(f, {"train": ["nobody"], "val": CASES[2:3]}),
-        "1 cases of fold 0 are not in .*: nobody",
+        "1 case of fold 0 is not in .*: nobody",
     ),
     "no_train": (lambda f: folds(f, {"val": CASES[2:3]}), 'splits_final.json: fold 0 has no cases in "train"'),
     "no_val": (lambda f: folds(f, {"train": CASES[:2]}), 'splits_final.json: fold 0 has no cases in "val"'),
@@ -129,7 +129,7 @@ BAD_DATA = {
     ),
     "no_segmentation_file": (
         lambda f: (f / TRAINED / "case_001_seg.b2nd").unlink(),
-        "not all three files of them: case_001. Run nnUNetv2_preprocess",
+        "not with all three files: case_001. Run nnUNetv2_preprocess",
     ),
     "no_foreground": (no_foreground, "None of the 2 labeled cases of fold 0 has a voxel of a foreground label"),
 }

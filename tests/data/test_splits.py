@@ -154,7 +154,7 @@ def test_split_replaces_another_split_only_when_told(raw):
 
 def test_cases_without_a_label_file_are_named(raw):
     (raw / "labelsTr" / "case4.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 10 cases .* have no label file: case4\. .*imagesUn"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 10 cases .* without a label file: case4\. .*imagesUn"):
         split_dataset("7", [2])
     assert preprocessed_is_untouched(raw)
 

@@ -394,7 +394,7 @@ def test_ids_that_nnunet_cannot_read_are_refused(nrrd, dataset_id):
     ("train", "message"),
     [
         ("TRAIN00\nTRAIN01\nTRAIN00\n", r"train\.list names cases more than once: TRAIN00"),
-        ("TRAIN00\nTEST0\n", r"1 cases are in both the training and the test list: TEST0"),
+        ("TRAIN00\nTEST0\n", r"In both the training and the test list: TEST0"),
         ("\n\n", r"train\.list names no case"),
     ],
 )

@@ -1,5 +1,6 @@
 """The table and the picture of a training."""
 
+import io
 import itertools
 import math
 
@@ -8,7 +9,7 @@ import pytest
 from matplotlib.text import Text
 
 from nnunet_ssl.training import history as module
-from nnunet_ssl.training.history import NAMES, History, draw
+from nnunet_ssl.training.history import LOOKS, NAMES, History, draw
 
 pytestmark = pytest.mark.pictures
 
@@ -69,36 +70,85 @@ def test_the_picture_has_its_own_fonts(tmp_path, monkeypatch):
     assert max(sizes) < 15
 
 
+def labels(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
 def test_every_column_is_in_the_picture_with_names_and_units():
     columns = {"epoch": (0.0, 1.0), "loss": (1.0, 0.5), "low": (0.1, 0.2)} | dict.fromkeys(NAMES, (0.5, math.nan))
     columns |= dict.fromkeys(("dice_student", "dice_student_2"), (0.5, 0.6))
     figure = draw(columns, "student 2")
-    shown = {line.get_label() for axis in figure.axes for line in axis.lines}
-    assert shown == {
-        "loss",
-        "low",
-        "student",
-        "student 2",
-        *(text.format(other="student 2") for text in NAMES.values()),
-    }
-    assert "Dice of student 2 and student" in shown
+    assert [labels(axis) for axis in figure.axes] == [
+        ["loss", "low"],
+        ["student", "student 2"],
+        ["Dice of student 2 and student", "confidence of student 2's foreground", "weight of the ramp-up"],
+        ["labels", "labels by student 2"],
+        ["between different patches"],
+    ]
     looks = [{(line.get_color(), line.get_linestyle()) for line in axis.lines} for axis in figure.axes]
     assert [len(look) for look in looks] == [len(axis.lines) for axis in figure.axes] == [2, 2, 3, 2, 1]
     for axis in figure.axes:
-        assert axis.get_title()
-        assert axis.get_xlabel() == "epoch"
+        assert axis.get_title(loc="left")
         assert axis.get_ylabel()
-        assert axis.get_legend() is not None
+    assert figure.axes[-1].get_xlabel() == "epoch"
     assert figure.axes[3].lines[0].get_ydata()[0] == 50  # percent
 
 
-def test_a_term_of_a_single_epoch_is_a_point():
-    columns = {"epoch": (0.0, 1.0, 2.0), "always": (1.0, 2.0, 3.0), "once": (1.0, math.nan, math.nan)}
-    markers = {line.get_label(): line.get_marker() for line in draw(columns, "teacher").axes[0].lines}
-    assert markers == {"always": "None", "once": "o"}
+def test_a_panel_without_a_number_is_left_out():
+    columns = {"epoch": (0.0, 1.0), "loss": (1.0, 0.5), "pseudo_confidence": (math.nan, math.nan)}
+    (axis,) = draw(columns, "teacher").axes
+    assert labels(axis) == ["loss"]
+
+
+def test_legends_are_beside_the_axes_and_inside_the_picture():
+    columns = {"epoch": (0.0, 1.0), **{f"a_term_with_a_long_name_{i}": (1.0, 0.5) for i in range(3)}}
+    figure = draw(columns | dict.fromkeys(NAMES, (0.5, 0.6)), "student 2", 1)
+    figure.savefig(io.BytesIO())  # places everything
+    for axis in figure.axes:
+        frame, legend = axis.get_window_extent(), axis.get_legend().get_window_extent()
+        assert legend.x0 >= frame.x1
+        assert legend.x1 <= figure.bbox.x1
+        assert legend.y0 >= frame.y0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_no_point_is_cut_at_the_border(value):
+    columns = {"epoch": (7.0,), "loss": (value,), "dice_student": (value,)} | dict.fromkeys(NAMES, (value,))
+    for axis in draw(columns, "teacher").axes:
+        (bottom, top), (left, right) = axis.get_ylim(), axis.get_xlim()
+        for line in axis.lines:
+            (y,) = line.get_ydata()
+            assert bottom + 0.02 * (top - bottom) < y < top - 0.02 * (top - bottom)
+        assert (left, right) == (6.5, 7.5)
+
+
+def test_after_one_epoch_the_axis_has_its_number_alone():
+    axis = draw({"epoch": (0.0,), "loss": (1.0,)}, "teacher").axes[0]
+    left, right = axis.get_xlim()
+    assert [tick for tick in axis.get_xticks() if left <= tick <= right] == [0]
+
+
+def test_the_line_between_the_phases_says_what_it_is():
+    columns = {"epoch": (0.0, 1.0, 2.0), "loss": (1.0, 1.0, 1.0), "dice_student": (math.nan, 0.5, 0.5)}
+    first, second = draw(columns, "teacher", boundary=1).axes
+    assert labels(first) == ["loss", "semi-supervised phase\nfrom epoch 1"]
+    assert labels(second) == ["student"]
+    for axis in (first, second):  # at the same place in all
+        assert axis.lines[-1].get_xdata() == [0.5, 0.5]
+        assert axis.get_xlim() == first.get_xlim()
+    assert labels(draw(columns, "teacher").axes[0]) == ["loss"]
+
+
+def test_terms_of_single_epochs_are_points():
+    nan = math.nan
+    columns = {"epoch": (0.0, 1.0, 2.0), "always": (1.0, 2.0, 3.0), "once": (1.0, nan, nan), "some": (1.0, nan, 2.0)}
+    lines = draw(columns, "teacher").axes[0].lines
+    assert [line.get_marker() for line in lines] == ["None", "o", "o"]
+    assert list(lines[2].get_markevery()) == [0, 2]
 
 
 def test_a_method_with_many_terms_has_as_many_looks():
+    assert len(set(LOOKS)) == len(LOOKS) == 30
     columns = {"epoch": (0.0,), **{f"term_{i}": (float(i),) for i in range(12)}}
     lines = draw(columns, "teacher").axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12

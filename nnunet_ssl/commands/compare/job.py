@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -120,7 +121,7 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
             if checkpoint.is_file() and not is_complete(checkpoint):
                 os.replace(checkpoint, checkpoint.with_suffix(".incomplete"))
         resume = ["--c"] if any(map(is_complete, unfinished)) else []
-        call(job, [*job.training(), "-device", job.device, *resume], lambda: tell("training"))
+        call(job, [*job.training(), "-device", job.device, *resume], lambda: tell(f"training{epoch(job.log)}"))
     temporary = job.predictions.with_name(f".{job.name}.tmp")
     if not finished(job, temporary):  # it may have been ended just before the last step
         shutil.rmtree(temporary, ignore_errors=True)
@@ -131,13 +132,27 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
         workers = str(job.num_processes if job.num_processes > 1 else 0)  # 0: all in the one process
         how = ["-device", job.device, "-npp", workers, "-nps", workers]
         how += ["--disable_progress_bar"] + ["--disable_tta"] * (not job.mirroring)
-        call(job, ["nnUNetv2_predict", *model, *data, *how], lambda: tell("prediction"))
+        scans = len(list((job.raw / "labelsTs").iterdir()))
+
+        def progress() -> str:
+            done = len([file for file in temporary.iterdir() if file.suffix != ".json"])
+            return f"prediction ({done} of {scans})"
+
+        call(job, ["nnUNetv2_predict", *model, *data, *how], lambda: tell(progress()))
         tell("evaluation")
         with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             evaluate(job.raw / "labelsTs", temporary, num_processes=job.num_processes, protocol=PROTOCOL)
     if job.predictions.exists():
         shutil.rmtree(job.predictions)
     os.replace(temporary, job.predictions)
+
+
+def epoch(log: Path) -> str:
+    """The epoch that a training is at, in brackets, from the end of its log; empty where that has none."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        found = re.findall(r"^\S+ \S+: Epoch (\d+) *$", file.read().decode(errors="replace"), re.MULTILINE)
+    return f" (epoch {found[-1]})" if found else ""
 
 
 def call(job: Job, command: Sequence[str], tick: Callable[[], object]) -> None:

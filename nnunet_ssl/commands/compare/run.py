@@ -1,13 +1,10 @@
 """Comparing trainers on the same folds: train, predict the test scans, evaluate; one table and one figure."""
 
-import contextlib
-import io
 import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -20,7 +17,10 @@ from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.data.scans import find_scans
 from nnunet_ssl.data.splits import check_fold
 from nnunet_ssl.system.cluster import make_executor, run_jobs
+from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.quiet import quiet
+from nnunet_ssl.system.wording import counted
 
 TABLE, FIGURE = "comparison", "comparison.png"  # the table's name, without its endings
 # a training of nnU-Net's 1000 epochs takes one to two days
@@ -77,19 +77,19 @@ def compare(
     jobs = [Job(name, configuration, plans_identifier, t, fold, *shared) for t in trainers for fold in folds]
     check_dataset(name, configuration, plans_identifier, folds)
     check_trainers(trainers)
-    if not train:
-        check_trained(jobs)
     executor = None
     if launcher == "slurm":
         gpus = {"gpus_per_node": 1} if device == "cuda" else {}
         executor = make_executor(output / "jobs", SLURM | gpus | (slurm or {}))
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA device here. Choose another one: -device cpu, or -device mps.")
+    else:
+        require_device(device)
+    if not train:
+        check_trained(jobs)
 
     for folder in (output / "logs", output / "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not finished(job, job.predictions)]
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs were finished before. Logs: {output / 'logs'}")
+    print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {output / 'logs'}")
     failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, {job.name: job for job in todo})
     lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
     # what another computer has written may not be seen here; or the model was trained anew meanwhile
@@ -120,7 +120,10 @@ def check_dataset(name: str, configuration: str, plans_identifier: str, folds: S
             raise FileNotFoundError(f"{folder} has no file *{ending}. Put the test scans, or their labels, there.")
     problems = [f"{case}: no label in {raw / 'labelsTs'}" for case in sorted(scans.keys() - labels)]
     problems += [f"{case}: no scan in {raw / 'imagesTs'}" for case in sorted(labels - scans.keys())]
-    problems += [f"{c}: {len(files)} channels, not {channels}" for c, files in scans.items() if len(files) != channels]
+    counts = {case: len(files) for case, files in scans.items()}
+    problems += [
+        f"{c}: {counted(count, 'channel')}, not {channels}" for c, count in counts.items() if count != channels
+    ]
     if problems:
         raise ValueError("Test scans and their labels have to be of the same cases:\n  " + "\n  ".join(problems))
 
@@ -130,7 +133,7 @@ def check_trainers(trainers: Sequence[str]) -> None:
     missing = []
     for trainer in trainers:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the finder names every file that it opens
+            with quiet():  # the finder names every file that it opens
                 recursive_find_trainer_class_by_name(trainer)
         except Exception as error:  # the finder imports every trainer that it passes: anything can come out of one
             missing.append(f"{trainer}: {type(error).__name__}: {textwrap.shorten(str(error), 120)}")
@@ -146,23 +149,38 @@ def check_trained(jobs: Sequence[Job]) -> None:
     if missing:
         commands = (shlex.join([*job.training(), "-device", job.device]) for job in missing)
         raise FileNotFoundError(
-            f"{len(missing)} of {len(jobs)} models are not trained. Add --train, or train them first:\n  "
+            f"Not trained: {len(missing)} of {counted(len(jobs), 'model')}. Add --train, or train them first:\n  "
             + "\n  ".join(commands)
         )
 
 
 def run_here(jobs: Sequence[Job]) -> dict[str, str]:
     """Runs one job after the other behind a progress bar; why jobs failed, by their names."""
-    failures = {}
+    failures, shown = {}, set()
     with tqdm(jobs, unit="job", disable=None) as bar:  # None: no bar in files and pipes
         for job in bar:
-            reason = run_safely(
-                job, lambda step, job=job: bar.set_description(f"{job.trainer}, fold {job.fold}: {step}")
-            )
+            reason = run_safely(job, lambda step, job=job: show(bar, job, step, shown))
             bar.write(f"{job.name}: {'finished' if reason is None else f'failed: {reason}'}")
             if reason is not None:
                 failures[job.name] = reason
     return failures
+
+
+def show(bar: tqdm, job: Job, step: str, shown: set[str]) -> None:
+    """Shows how far a job is: in the bar or, where there is none, in a line for every step that begins.
+
+    Args:
+        bar: of all jobs; disabled where the output goes into a file.
+        job: the present one.
+        step: its step and, in brackets, how far that is.
+        shown: the steps that have a line; the present one is added.
+    """
+    text = f"{job.trainer}, fold {job.fold}: {step}"
+    name = text.partition(" (")[0]
+    if bar.disable and name not in shown:
+        print(name, flush=True)
+    shown.add(name)
+    bar.set_description(text)
 
 
 def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str, str]]:
