@@ -51,13 +51,14 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
         mixed = self.step < (1 - self.unmixed) * self.max_steps
         mask = block_mask(half, batch.image.shape[2:], cells=self.mask_cells, device=batch.image.device)
         mask = mask if mixed else torch.ones_like(mask)
-        masks = [torch.cat([mask, ~mask])] * 2
+        masks = [torch.cat([mask, ~mask])]
         if mixed and self.masks == "complementary":
-            masks[1] = ~masks[0]
+            masks.append(~masks[0])
         with torch.no_grad():
             taught, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
             pseudo, features = self.hard_labels(full(taught)), [halves(feature) for feature in features]
         views = [mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask) for mask in masks]
+        masks, views = (both if len(both) == 2 else both * 2 for both in (masks, views))  # one for each student
         students = (self.network, self.companions.student_2)
         for part in self.half_batches(2 * half):
             # rows that have labeled voxels, and rows that have unlabeled ones

@@ -232,7 +232,7 @@ def test_a_zip_file_is_replaced_as_a_whole(trained, tmp_path):
             "fold_3/checkpoint_final.pth is missing. Train it first: nnUNetv2_train 701 3d",
         ),
         ("-tr nnUNetTrainerM3HL --network student_2", "has no network 'student_2'; it has student, teacher."),
-        ("-tr nnUNetTrainer_1epoch", "is missing. Train it first"),
+        ("-tr nnUNetTrainer_1epoch", "is no semi-supervised trainer: export makes"),
         ("-tr nnUNetTrainerM3HL -chk other.pth", "other.pth is missing"),
     ],
 )

@@ -20,6 +20,7 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 NAMES = Names(["a", "b"], ["c", "d"])
 MIXED = {"nnUNetTrainerM3HL": 2, "nnUNetTrainerM3": 2, "nnUNetTrainerBCP": 2, "nnUNetTrainerCoLearning": 4}
+MIXED |= {"nnUNetTrainerCoM3HL": 2, "nnUNetTrainerFixMatch": 2}
 
 
 @pytest.fixture
@@ -55,10 +56,12 @@ def test_every_trainer_has_a_picture(trainer_class, configuration, tiny_dataset,
     assert rows
     for row in rows:
         titles = [column.title for column in row]
-        assert titles[:2] == ["labeled patch", "unlabeled patch"]
+        first = "unlabeled" if name == "nnUNetTrainerFixMatch" else "labeled"  # it mixes unlabeled patches
+        assert titles[:2] == [f"{first} patch", "unlabeled patch"]
         assert titles[2:] == (["mask", "mixed patch", "mixed target"] if name in MIXED else titles[2:])
         assert all(column.values.shape[:2] == (16, 16) for column in row)
-        assert row[0].case in ("case_000", "case_001")
+        assert (row[0].case in ("case_000", "case_001")) == (first == "labeled")
+        assert row[0].case
         assert row[1].case
         assert row[1].case not in ("case_000", "case_001", "case_002")
         for column in row[:2]:
