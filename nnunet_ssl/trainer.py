@@ -242,7 +242,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def run_training(self) -> None:
         try:
-            super().run_training()
+            with preflight.only_training(self.output_folder, self.local_rank):
+                super().run_training()
         finally:
             stop_loaders(self.dataloader_train, self.dataloader_val)
 

@@ -1,13 +1,15 @@
 """Preprocess scans that have no label file, with the plans and the preprocessor that their dataset already has."""
 
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nnunetv2 import paths
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -22,7 +24,10 @@ from nnunet_ssl.data.preprocessed import (
     unlabeled_folder,
     write_settings,
 )
-from nnunet_ssl.data.scans import name_problems, no_scan, reading_problems, reserved_names, unlabeled_scans, unpacked
+from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
+from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans, unpacked
+from nnunet_ssl.system.disk import say_full_disk
+from nnunet_ssl.system.lock import locked, refuse_if_held
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
@@ -41,11 +46,13 @@ def preprocess_unlabeled(
     num_processes: int = 4,
     num_parts: int = 1,
     part_id: int = 0,
+    accept: Collection[str] = (),
 ) -> None:
     """Check the scans in `imagesUn`, then write them to `<data_identifier>_unlabeled` as nnU-Net preprocesses a scan.
 
     A run that was interrupted goes on where it stopped: complete cases are neither read nor written again, even if
-    their scan has changed since. Nothing is written unless every scan is sound.
+    their scan has changed since. Nothing is written unless every scan is sound: can be read, is no copy of another one,
+    and has values and a size as the labeled ones have.
 
     Args:
         dataset: id or name, as in nnU-Net's commands.
@@ -57,12 +64,13 @@ def preprocess_unlabeled(
         num_parts: the scans are shared by so many runs, on one machine or several with the same disk; each case is
             done by one.
         part_id: which of them this run is, from 0.
+        accept: cases whose voxels and size are right, whatever they look like.
 
     Raises:
         FileNotFoundError: no dataset, no plans, no such folder or no scans in it.
-        ValueError: an unknown configuration or part, unsound scans (one message lists all of them with the reasons),
-            or cases that other plans have preprocessed.
-        RuntimeError: a worker died, or a case could not be preprocessed.
+        ValueError: an unknown configuration, part or case to accept, unsound scans (one message lists all of them with
+            the reasons), or cases that other plans have preprocessed.
+        RuntimeError: another run is at the same cases, a worker died, or a case could not be preprocessed.
     """
     if not 0 <= part_id < num_parts:
         raise ValueError(f"-part_id must be from 0 to {num_parts - 1} where -num_parts is {num_parts}, not {part_id}.")
@@ -70,7 +78,6 @@ def preprocess_unlabeled(
     raw, folder = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = load_plans(folder, plans_identifier, configurations)
     dataset_json = read_dataset_json(folder / "dataset.json", "channel_names", "file_ending")
-    ending = dataset_json["file_ending"]
     # A cascade's second stage shares the data of 3d_fullres, hence one entry per folder.
     targets = {unlabeled_folder(folder, c.data_identifier): c for c in map(plans.get_configuration, configurations)}
     for target, configuration in targets.items():
@@ -79,38 +86,76 @@ def preprocess_unlabeled(
     images = raw / "imagesUn" if images is None else existing_folder(Path(images))
     scans, unrecognised = unlabeled_scans(images, dataset_json)
     if not scans and not unrecognised:
-        dataset_id = convert_dataset_name_to_id(name)
-        text = NO_SCANS.format(images=images, default=raw / "imagesUn", ending=ending, dataset_id=dataset_id)
-        raise FileNotFoundError(text)
+        words = {"images": images, "default": raw / "imagesUn", "ending": dataset_json["file_ending"]}
+        raise FileNotFoundError(NO_SCANS.format(**words, dataset_id=convert_dataset_name_to_id(name)))
+    check_accepted(accept, scans, images)
     transductive = images.resolve() == (raw / "imagesTs").resolve()
     if transductive:
         print(f"Test scans become unlabeled training scans: results on {images} are transductive. Say so with them.")
-    everything = scans.keys()
-    scans = dict(list(scans.items())[part_id::num_parts])
-    finished = {target: finished_cases(target) for target in targets}
-    jobs = [(target, case) for target, cases in finished.items() for case in scans if case not in cases]
-    unread = {case: scans[case] for _, case in jobs}
-
-    reserved = reserved_names(raw, folder, dataset_json, {c.data_identifier for c in targets.values()})
-    chosen = set().union(*(transductive_cases(target) for target in targets), everything if transductive else ())
-    reserved[str(raw / "imagesTs")] -= chosen
-    problems = [no_scan(file, ending) for file in unrecognised]
-    problems += name_problems(scans, f"rename or remove it in {images}", reserved)
-    for target, cases in finished.items():
-        problems += name_problems(cases - everything, f"remove its files from {target}", reserved)
-    with worker_pool(min(num_processes, len(jobs))) as pool:
-        problems += reading_problems(pool, unread, dataset_json, plans.image_reader_writer_class)
-        if problems:
-            raise ValueError(f"Nothing was preprocessed. Problems in {images}:\n  " + "\n  ".join(problems))
+    share = dict(list(scans.items())[part_id::num_parts])
+    with ExitStack() as stack:
+        for target in targets:
+            stack.enter_context(only_run(target, part_id, num_parts))
+        finished = {target: finished_cases(target) for target in targets}
+        jobs = [(target, case) for target, cases in finished.items() for case in share if case not in cases]
+        chosen = set().union(*map(transductive_cases, targets), scans if transductive else ())
+        problems = [no_scan(file, dataset_json["file_ending"]) for file in unrecognised]
+        problems += misnamed(images, scans, share, finished, chosen, raw, folder, dataset_json)
+        pool = stack.enter_context(worker_pool(min(num_processes, len(jobs))))
+        unread = {case: scans[case] for _, case in jobs}
+        report = check_unlabeled(pool, raw, plans, configurations, dataset_json, scans, unread, accept, chosen)
+        report.problems[:0] = problems
+        report.require_sound("Nothing was preprocessed", images)
         for target, configuration in targets.items():
             target.mkdir(parents=True, exist_ok=True)
             write_settings(target, preprocessing_settings(plans, configuration), chosen)
         unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
-        write_cases(pool, scans, jobs, targets, unfinished, plans, dataset_json)
+        write_cases(pool, share, jobs, targets, unfinished, plans, dataset_json)
     for target, cases in finished.items():
-        print(f"Unlabeled cases in {target}: {len(cases | scans.keys())}, {len(scans.keys() - cases)} of them new.")
-        if cases - everything:
-            print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - everything))}")
+        print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {len(share.keys() - cases)} of them new.")
+        if cases - scans.keys():
+            print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")
+
+
+@contextmanager
+def only_run(target: Path, part_id: int, num_parts: int) -> Iterator[None]:
+    """No other run preprocesses into the folder during the block, but those that have other parts of as many."""
+    name = f".{temporary_folder(target, part_id, num_parts).name.removesuffix('.tmp')}.lock"
+    with locked(target.with_name(name), f"preprocessing scans into {target}"):
+        for other in target.parent.glob(f".{target.name}.*lock"):
+            if other.name != name and (num_parts == 1 or not other.name.endswith(f"of{num_parts}.lock")):
+                refuse_if_held(other)
+        yield
+
+
+def misnamed(
+    images: Path,
+    scans: dict[str, list[Path]],
+    share: Collection[str],
+    finished: dict[Path, set[str]],
+    chosen: set[str],
+    raw: Path,
+    folder: Path,
+    dataset_json: dict,
+) -> list[str]:
+    """Lines of `name_problems` for the scans of a run and for finished cases whose scans are gone.
+
+    Args:
+        images: folder of the scans.
+        scans: all of them.
+        share: those of this run.
+        finished: per folder its cases.
+        chosen: test scans that are used as unlabeled ones on demand.
+        raw: of the dataset, as `folder`, which is the preprocessed one.
+        dataset_json: of the dataset.
+    """
+    identifiers = {target.name.removesuffix("_unlabeled") for target in finished}
+    reserved = reserved_names(raw, folder, dataset_json, identifiers)
+    reserved[str(raw / "imagesTs")] -= chosen
+    problems = name_problems(share, f"rename or remove it in {images}", reserved)
+    for target, cases in finished.items():
+        problems += name_problems(cases - scans.keys(), f"remove its files from {target}", reserved)
+    return problems
 
 
 def existing_folder(images: Path) -> Path:
@@ -176,10 +221,34 @@ def preprocess_case(
     configuration: ConfigurationManager,
     dataset_json: dict,
 ) -> None:
-    """Preprocess one scan with nnU-Net, into the folder `scratch`, and move its files into `target`."""
+    """Preprocess one scan with nnU-Net, into the folder `scratch`, and move its files into `target`.
+
+    Raises: OSError with the folder and the bytes where its disk is full; nothing of the scan stays then.
+    """
     preprocessor = configuration.preprocessor_class(verbose=False)
-    with ExitStack() as stack:
-        images = [str(stack.enter_context(unpacked(file, dataset_json["file_ending"]))) for file in files]
-        preprocessor.run_case_save(str(scratch / case), images, None, plans, configuration, dataset_json)
-    for suffix in FILES:
-        os.replace(scratch / f"{case}{suffix}", target / f"{case}{suffix}")
+    try:
+        with ExitStack() as stack:
+            images = [str(stack.enter_context(unpacked(file, dataset_json["file_ending"]))) for file in files]
+            stack.enter_context(say_full_disk(scratch, lambda: largest_size(images, plans, configuration)))
+            preprocessor.run_case_save(str(scratch / case), images, None, plans, configuration, dataset_json)
+        for suffix in FILES:
+            os.replace(scratch / f"{case}{suffix}", target / f"{case}{suffix}")
+    finally:
+        for suffix in FILES:
+            (scratch / f"{case}{suffix}").unlink(missing_ok=True)
+
+
+def largest_size(images: list[str], plans: PlansManager, configuration: ConfigurationManager) -> int:
+    """Bytes of a preprocessed scan before compression: nnU-Net writes float32 images and an int16 segmentation.
+
+    Args:
+        images: files of the scan, as readers take them.
+        plans: of the dataset.
+        configuration: what it is preprocessed for.
+    """
+    image, properties = plans.image_reader_writer_class().read_images(images)
+    order = plans.transpose_forward
+    shape, spacing = ([values[axis] for axis in order] for values in (image.shape[1:], properties["spacing"]))
+    target_spacing = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]
+    voxels = math.prod(int(size) for size in compute_new_shape(shape, spacing, target_spacing))
+    return voxels * (4 * len(image) + 2)

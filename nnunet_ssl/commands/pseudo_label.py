@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import deque
+from collections.abc import Collection
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
@@ -12,24 +13,30 @@ import numpy as np
 import torch
 from nnunetv2 import paths
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
+from nnunet_ssl.commands.interrupted_labels import (
+    RECORD,
+    SCRATCH,
+    convert_series,
+    finished_labels,
+    start_or_resume,
+)
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
-from nnunet_ssl.data.scans import name_problems, no_scan, reading_problems, reserved_names, unlabeled_scans, unpacked
+from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
+from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans
 from nnunet_ssl.data.splits import read_fold, save_splits
-from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import worker_pool
 from nnunet_ssl.training.checkpoints import read_checkpoint
-
-RECORD, SCRATCH = "model.json", "predicting"  # in the hidden folder of a run that is not finished
 
 
 def pseudo_label(
@@ -43,6 +50,7 @@ def pseudo_label(
     device: str = "cuda",
     num_processes: int = 2,
     mirroring: bool = True,
+    accept: Collection[str] = (),
 ) -> Path:
     """Writes a raw dataset of the fold's labeled scans and of its unlabeled scans with predicted labels.
 
@@ -64,6 +72,7 @@ def pseudo_label(
         device: "cuda", "cpu" or "mps".
         num_processes: for preprocessing, and as many for export; with 1 this process does the export.
         mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
+        accept: scans of imagesUn whose voxels and size are right, whatever they look like.
 
     Returns:
         Folder of the new dataset in nnUNet_raw.
@@ -71,7 +80,8 @@ def pseudo_label(
     Raises:
         FileNotFoundError: no dataset, no trained model or no unlabeled scans; the message has the fix.
         FileExistsError: the id is taken.
-        ValueError: no such fold, or an unlabeled scan's name is that of a labeled one.
+        ValueError: no such fold, or unsound scans, as in `preprocess_unlabeled`.
+        RuntimeError: another run labels the same scans.
         NotImplementedError: a cascade.
     """
     name = str(maybe_convert_to_dataset_name(dataset))
@@ -80,9 +90,7 @@ def pseudo_label(
     if plans.get_configuration(configuration).previous_stage_name is not None:
         raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
     require_free_id(output_id)
-    model = Path(get_output_folder(name, trainer, plans_identifier, configuration))
-    command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
-    require_trained(model / f"fold_{fold}" / checkpoint, command)
+    model = trained_model(name, configuration, fold, trainer, plans_identifier, checkpoint)
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
     labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
@@ -96,22 +104,18 @@ def pseudo_label(
     folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
     # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
     unfinished = folder.with_name(f".{folder.name}.tmp")
-    kept = finished_labels(unfinished, record, scans, ending)
-    left = {case: files for case, files in scans.items() if case not in kept}
-    own = {case: files for case, files in left.items() if case not in cases}
-    check_scans(own, dataset_json, plans.image_reader_writer_class, num_processes)
-    start_or_resume(unfinished, record, kept, len(scans), ending)
-    scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
-    if left:
-        predict(
-            {case: scans[case] for case in left}, unfinished, model, fold, checkpoint, device, num_processes, mirroring
-        )
-
-    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
-    entries = dataset_entries(unfinished, {c: cases[c] for c in sorted(labeled + validation)}, scans, ending)
-    own_entries = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
-    splits = [{"train": sorted([*labeled, *scans]), "val": sorted(validation)}] if validation else []
-    publish(unfinished, folder, dataset_json | own_entries, splits)
+    with locked(folder.with_name(f".{folder.name}.lock"), f"labeling scans for {folder}"):
+        kept = finished_labels(unfinished, record, scans, ending)
+        left = {case: files for case, files in scans.items() if case not in kept}
+        unlabeled = {case: list(map(Path, files)) for case, files in scans.items() if case not in cases}
+        refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, accept)
+        start_or_resume(unfinished, record, kept, len(scans), ending)
+        scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
+        if left:
+            model_of = (unfinished, model, fold, checkpoint, device, num_processes, mirroring)
+            predict({case: scans[case] for case in left}, *model_of)
+        true_labels = {case: cases[case] for case in sorted(labeled + validation)}
+        publish(unfinished, folder, dataset_json, true_labels, scans, validation, origin)
     move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)  # only labels shall differ
     return folder
 
@@ -125,99 +129,71 @@ def require_free_id(number: int) -> None:
         raise FileExistsError(f"Dataset {number} exists already: {', '.join(datasets)}. Choose another -o.")
 
 
-def require_trained(file: Path, command: str) -> None:
-    """Raises FileNotFoundError, which names the command that trains it, where a checkpoint is missing."""
+def trained_model(
+    name: str, configuration: str, fold: int | str, trainer: str, plans_identifier: str, checkpoint: str
+) -> Path:
+    """Folder of a model; raises FileNotFoundError, which has the command that trains it, without the checkpoint."""
+    model = Path(get_output_folder(name, trainer, plans_identifier, configuration))
+    file = model / f"fold_{fold}" / checkpoint
     if not file.is_file():
+        command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
         raise FileNotFoundError(f"{file} is missing. Train the model first: {command}")
+    return model
 
 
-def publish(unfinished: Path, folder: Path, dataset_json: dict, splits: list[dict[str, list[str]]]) -> None:
+def refuse_unsound(
+    unlabeled: dict[str, list[Path]],
+    left: Collection[str],
+    raw: Path,
+    plans: PlansManager,
+    configuration: str,
+    dataset_json: dict,
+    num_processes: int,
+    accept: Collection[str],
+) -> None:
+    """Reads the scans of imagesUn that are left to label, before a model spends hours on some.
+
+    Raises: ValueError with a line per problem of scans that are not accepted as they are.
+    """
+    check_accepted(accept, unlabeled, raw / "imagesUn")
+    new = {case: files for case, files in unlabeled.items() if case in left}
+    with worker_pool(min(num_processes, len(new))) as pool:
+        report = check_unlabeled(pool, raw, plans, [configuration], dataset_json, unlabeled, new, accept)
+    report.require_sound("Nothing was labeled", raw / "imagesUn")
+
+
+def publish(
+    unfinished: Path,
+    folder: Path,
+    dataset_json: dict,
+    labeled: dict[str, dict],
+    scans: dict[str, list[str]],
+    validation: list[str],
+    origin: dict,
+) -> None:
     """Makes the hidden folder, in which all labels are, a dataset of nnU-Net; the raw dataset appears in one step.
 
     Args:
         unfinished: the hidden folder.
         folder: what it becomes; one of the same name is made in nnUNet_preprocessed.
-        dataset_json: of the new dataset.
-        splits: its folds; none where nnU-Net shall train on all cases.
+        dataset_json: of the dataset that the scans are from.
+        labeled: as in `dataset_entries`, as `scans`.
+        validation: cases with true labels that are not trained on; where there is none, nnU-Net trains on all cases.
+        origin: of the new labels.
     """
     preprocessed = Path(paths.nnUNet_preprocessed) / folder.name
-    (unfinished / "dataset.json").write_text(json.dumps(dataset_json, indent=1))
-    if splits:
-        save_splits(preprocessed / "splits_final.json", splits)
+    entries = dataset_entries(unfinished, labeled, scans, dataset_json["file_ending"])
+    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
+    own = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
+    (unfinished / "dataset.json").write_text(json.dumps(dataset_json | own, indent=1))
+    if validation:
+        train = sorted(entries.keys() - set(validation))
+        save_splits(preprocessed / "splits_final.json", [{"train": train, "val": sorted(validation)}])
     shutil.rmtree(unfinished / SCRATCH, ignore_errors=True)
     (unfinished / RECORD).unlink()
     os.replace(unfinished, folder)
     preprocessed.mkdir(exist_ok=True)
     shutil.copy2(folder / "dataset.json", preprocessed)
-
-
-def finished_labels(unfinished: Path, record: str, scans: dict[str, list[str]], ending: str) -> set[str]:
-    """The scans that an interrupted run of the same model has labeled, and that are not newer than their labels.
-
-    Args:
-        unfinished: the hidden folder; it may be missing.
-        record: what determines the labels; those of a folder with another one do not count.
-        scans: per case its image files.
-        ending: of the label files.
-    """
-    file = unfinished / RECORD
-    if not file.is_file() or file.read_bytes() != record.encode():
-        return set()
-    labels = {case: unfinished / "labelsTr" / f"{case}{ending}" for case in scans}
-    written = {case: label.stat().st_mtime_ns for case, label in labels.items() if label.is_file()}
-    return {case for case, time in written.items() if all(changed_at(f) <= time for f in scans[case])}
-
-
-def changed_at(scan: str | Path) -> int:
-    """When a scan was written, in ns; of a DICOM series its newest file."""
-    files = [scan, *Path(scan).iterdir()] if os.path.isdir(scan) else [scan]
-    return max(os.stat(file).st_mtime_ns for file in files)
-
-
-def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, ending: str) -> None:
-    """Makes the hidden folder with its record, or removes from an existing one all that is not kept, and says so.
-
-    Args:
-        kept: scans whose labels stay, from `finished_labels`.
-        number: of all scans.
-        ending: of the label files.
-    """
-    labels = unfinished / "labelsTr"
-    dropped = len(list(labels.glob(f"*{ending}"))) - len(kept)
-    if dropped:
-        print(
-            f"Dropped labels of an interrupted run: {dropped}. Their scans have changed since, or another model, "
-            f"checkpoint or mirroring made them."
-        )
-    if kept:
-        print(f"Labeled by an interrupted run of the same model, and kept: {len(kept)} of {number} scans.")
-        shutil.rmtree(unfinished / SCRATCH, ignore_errors=True)
-        names = {f"{case}{suffix}" for case in kept for suffix in (ending, ".json")}  # .json: beside a TIFF
-        for file in labels.iterdir():
-            if file.name not in names:
-                file.unlink()
-        return
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    labels.mkdir(parents=True)
-    with replacing(unfinished / RECORD) as temporary:
-        temporary.write_text(record)
-
-
-def convert_series(case: str, files: list[str], unfinished: Path, ending: str) -> list[str]:
-    """A scan's files as nnU-Net reads them: a DICOM series, a folder, becomes a file in imagesTr of `unfinished`.
-
-    A file that an interrupted run has converted, and that is not older than the series, is kept.
-    """
-    source = Path(files[0])
-    if not source.is_dir():
-        return files
-    target = unfinished / "imagesTr" / f"{case}_0000{ending}"
-    if not target.is_file() or changed_at(target) < changed_at(source):
-        target.parent.mkdir(exist_ok=True)
-        with unpacked(source, ending) as path, replacing(target) as temporary:
-            shutil.copyfile(path, temporary)
-    return [str(target)]
 
 
 def dataset_entries(folder: Path, labeled: dict[str, dict], scans: dict[str, list[str]], ending: str) -> dict:
@@ -272,16 +248,6 @@ def sort_cases(
             f'"unlabeled" list in {splits}.'
         )
     return entry["train"], entry["val"], dict(sorted(scans.items()))
-
-
-def check_scans(
-    scans: dict[str, list[str]], dataset_json: dict, reader: type[BaseReaderWriter], num_processes: int
-) -> None:
-    """Reads the scans of imagesUn, before a model spends hours on some; raises ValueError with a line per problem."""
-    with worker_pool(min(num_processes, len(scans))) as pool:
-        problems = reading_problems(pool, scans, dataset_json, reader)
-    if problems:
-        raise ValueError("Nothing was labeled. Problems:\n  " + "\n  ".join(problems))
 
 
 def predict(

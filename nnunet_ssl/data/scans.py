@@ -1,23 +1,19 @@
-"""Scans as files: finding them, and what can be wrong with them."""
+"""Scans as files: finding them, what is wrong with their names, and opening them; scan_checks.py looks inside."""
 
 import gzip
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import SimpleITK as sitk
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_ssl.data.dataset_json import channel_names
 from nnunet_ssl.data.preprocessed import finished_cases
 from nnunet_ssl.data.splits import read_splits
-from nnunet_ssl.system.pool import run_all
 
 
 def find_scans(folder: Path, ending: str, single_channel: bool = False) -> tuple[dict[str, list[Path]], list[str]]:
@@ -87,78 +83,35 @@ def name_problems(cases: Iterable[str], fix: str, reserved: dict[str, set[str]])
     return problems
 
 
-def reading_problems(
-    pool: Executor | None, scans: dict[str, Sequence[str | Path]], dataset_json: dict, reader: type[BaseReaderWriter]
-) -> list[str]:
-    """One line per problem of scans, all of whose files are read behind a progress bar, see `scan_problems`.
+def files_to_compare(
+    raw: Path, dataset_json: dict, unlabeled: dict[str, list[Path]], own: Iterable[Path], chosen: Iterable[str]
+) -> dict[Path, str]:
+    """Files of scans that an unlabeled one must not be a copy of, and the places that they are in.
 
     Args:
-        pool: of `worker_pool`.
-        scans: per case its files.
+        raw: folder of the raw dataset.
         dataset_json: of the dataset.
-        reader: nnU-Net's class for the files.
+        unlabeled: all unlabeled scans.
+        own: files of those that are compared with the others; they are left out.
+        chosen: test scans that are used as unlabeled ones on demand; they are left out.
     """
-    channels, ending = channel_names(dataset_json), dataset_json["file_ending"]
-    checks = {case: (case, list(map(Path, files)), channels, ending, reader) for case, files in scans.items()}
-    found = run_all(pool, scan_problems, checks, "Checking unlabeled scans")
-    return [problem for case in scans for problem in found[case]]
+    ending = dataset_json["file_ending"]
+    others = {raw / image: "dataset.json" for e in dataset_json.get("dataset", {}).values() for image in e["images"]}
+    for name in ("imagesTr", "imagesTs"):
+        scans = find_scans(raw / name, ending)[0]
+        left = scans if name == "imagesTr" else scans.keys() - set(chosen)
+        others |= {file: name for case in left for file in scans[case]}
+    others |= {file: file.parent.name for files in unlabeled.values() for file in files}
+    left_out = {os.path.abspath(file) for file in own}
+    return {file: place for file, place in others.items() if os.path.abspath(file) not in left_out}
 
 
-def scan_problems(
-    case: str, files: Sequence[Path], channels: Sequence[str], ending: str, reader: type[BaseReaderWriter]
-) -> list[str]:
-    """Read the files of a scan and say in one line each what is wrong with them; empty for a sound scan.
-
-    Args:
-        files: one per channel, in order; formats such as RGB images hold several channels in one file.
-        channels: names of the expected channels.
-    """
-    problems, geometries, number = [], {}, 0
-    for file in files:
-        try:
-            with unpacked(file, ending) as path:
-                image, properties = reader().read_images([str(path)])
-        except Exception as error:  # a damaged file makes readers raise anything
-            problems.append(f"{file.name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})")
-            continue
-        number += len(image)
-        geometries[file.name] = geometry(image, properties)
-        bad = np.count_nonzero(~np.isfinite(image))
-        if bad:
-            problems.append(f"{file.name}: {bad} of {image.size} voxels are NaN or infinite")
-        elif image.min() == image.max():
-            problems.append(f"{file.name}: constant, every voxel is {image.min():g}")
-    numbered = re.fullmatch(r".*_\d{4}" + re.escape(ending), files[-1].name)
-    names = [file.name for file in files] if numbered else [f"{case}_0000{ending}"]
-    count = 1 + int(names[-1].removesuffix(ending)[-4:])
-    if number == len(geometries) > 0:  # one channel per file, so there should be a file per channel
-        count = max(count, len(channels))
-    missing = [name for name in (f"{case}_{index:04d}{ending}" for index in range(count)) if name not in names]
-    if missing:
-        problems.append(f"{case}: {', '.join(missing)} missing")
-    elif len(geometries) == len(files) and number != len(channels):
-        problems.append(f"{case}: {number} channels, but dataset.json has {len(channels)} ({', '.join(channels)})")
-    for name, other in list(geometries.items())[1:]:
-        first_name, first = next(iter(geometries.items()))
-        for key, value in first.items():
-            # allclose with its defaults is what nnU-Net's readers compare with
-            if np.shape(value) != np.shape(other[key]) or not np.allclose(value, other[key]):
-                problems.append(f"{name}: {key} {as_text(other[key])} differs from {as_text(value)} of {first_name}")
-    return problems
-
-
-def geometry(image: np.ndarray, properties: dict[str, Any]) -> dict[str, Any]:
-    """Shape, spacing and, as far as the reader tells, origin and direction (or affine) of an image (C, *spatial)."""
-    details = {key: value for stuff in properties.values() if isinstance(stuff, dict) for key, value in stuff.items()}
-    details.pop("original_orientation", None)  # these two are of the file: readers that reorient compare the result
-    if "reoriented_affine" in details:
-        details.pop("original_affine", None)
-    return {"shape": image.shape[1:], **details, "spacing": properties["spacing"]}
-
-
-def as_text(value: Any) -> str:
-    """Numbers rounded to 6 decimals, for messages."""
-    return str(np.round(np.asarray(value, dtype=float), 6).tolist())
+def is_packed(file: Path) -> bool:
+    """Whether a file is a NIfTI file with gzip around it; some that are called .nii.gz are not packed."""
+    if not file.name.endswith(".nii.gz"):
+        return False
+    with file.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
 
 
 @contextmanager
@@ -171,9 +124,7 @@ def unpacked(file: Path, ending: str) -> Iterator[Path]:
     Raises: ValueError where the folder does not hold exactly one DICOM series.
     """
     if not file.is_dir():
-        with file.open("rb") as stream:
-            packed = file.name.endswith(".nii.gz") and stream.read(2) == b"\x1f\x8b"
-        if not packed:
+        if not is_packed(file):
             yield file
             return
         with tempfile.TemporaryDirectory() as scratch:

@@ -36,13 +36,15 @@ def exit_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run_all(pool: Executor | None, function: Callable, jobs: dict[str, tuple], description: str) -> dict[str, Any]:
-    """Call `function` with every job's arguments, behind a progress bar; results under the jobs' names.
+def run_all(
+    pool: Executor | None, function: Callable, jobs: dict[str, tuple], description: str, unit: str = "case"
+) -> dict[str, Any]:
+    """Call `function` with every job's arguments, behind a progress bar of `unit`s; results under the jobs' names.
 
     Raises: RuntimeError that names the job whose call failed, or says that a worker died.
     """
     results, name = {}, None
-    with tqdm(total=len(jobs), desc=description, unit="case", disable=not jobs) as bar:
+    with tqdm(total=len(jobs), desc=description, unit=unit, disable=not jobs) as bar:
         try:
             for name, result in calls(pool, function, jobs):
                 results[name] = result()

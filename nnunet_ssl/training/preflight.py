@@ -1,6 +1,7 @@
 """What is checked before a training begins, and what the log says about its data."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
@@ -23,7 +24,16 @@ from nnunet_ssl.data.preprocessed import (
 )
 from nnunet_ssl.data.scans import unlabeled_scans
 from nnunet_ssl.data.splits import CROSSVAL_FOLDS, check_fold, read_fold
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.wording import counted
+
+
+def only_training(folder: str, rank: int) -> AbstractContextManager[None]:
+    """A block in which no other training is in the fold's folder; of rank 0, as other ranks write nothing there.
+
+    Raises: RuntimeError where one is.
+    """
+    return locked(Path(folder, ".training.lock"), f"training in {folder}") if rank == 0 else nullcontext()
 
 
 def refuse_unsupported(trainer: type, base: type, configuration: str, cascaded: bool) -> None:

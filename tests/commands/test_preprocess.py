@@ -22,8 +22,10 @@ from skimage.io import imsave
 
 from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 from nnunet_ssl.data.loading import UnlabeledDataset
+from nnunet_ssl.data.plausibility import Expected
 from nnunet_ssl.data.preprocessed import FILES, unlabeled_folder
-from nnunet_ssl.data.scans import find_scans, geometry, scan_problems
+from nnunet_ssl.data.scan_checks import check_scan, geometry
+from nnunet_ssl.data.scans import find_scans
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 DATASET = 941
@@ -124,7 +126,7 @@ def test_two_configurations_at_once_give_the_files_of_nnunets_dataset_class(fold
 def test_a_scan_is_preprocessed_like_the_same_scan_with_a_label(raw, folder, tmp_path):
     for channel in range(2):
         shutil.copy(raw / "imagesTr" / f"case_000_{channel:04d}.nii.gz", tmp_path / f"twin_{channel:04d}.nii.gz")
-    preprocess(("2d", "3d_fullres"), images=tmp_path)
+    preprocess(("2d", "3d_fullres"), images=tmp_path, accept=["twin"])
     for configuration in ("2d", "3d_fullres"):
         stock = content(folder / f"nnUNetPlans_{configuration}")
         twin = content(target_of(folder, configuration))
@@ -229,9 +231,8 @@ def test_voxels_that_are_no_numbers_are_refused(tmp_path, value):
     image[:2] = 1
     image[0, 0, :2] = value
     tiny.write_image(file, image)
-    assert scan_problems("a", [file], ["MR"], ".mha", SimpleITKIO) == [
-        "a_0000.mha: 2 of 120 voxels are NaN or infinite"
-    ]
+    findings = check_scan("a", [file], Expected(("MR",), ".mha", SimpleITKIO))
+    assert findings.errors == ["a_0000.mha: 2 of 120 voxels are NaN or infinite"]
 
 
 def test_geometry_within_nnunets_tolerance_is_accepted(folder, images):
@@ -305,7 +306,7 @@ def test_one_report_lists_every_problem(folder, images):
     drop = images / "unlabeled_001_0001.nii.gz"
     drop.unlink()
     add("notes.txt")(images)
-    with pytest.raises(ValueError, match="Nothing was preprocessed: 4 problems") as error:
+    with pytest.raises(ValueError, match="Nothing was preprocessed") as error:
         preprocess(images=images)
     for part in ("unlabeled_000_0000.nii.gz: constant", "unlabeled_000_0001.nii.gz: origin", drop.name, "notes.txt"):
         assert part in str(error.value)
@@ -344,8 +345,8 @@ def test_an_unknown_configuration_names_the_known_ones(folder):
 def test_several_channels_in_one_file_are_counted_as_such(tmp_path):
     file = tmp_path / "a_0000.png"
     imsave(file, np.arange(300, dtype=np.uint8).reshape(10, 10, 3), check_contrast=False)
-    assert scan_problems("a", [file], ["R", "G", "B"], ".png", NaturalImage2DIO) == []
-    assert scan_problems("a", [file], ["gray"], ".png", NaturalImage2DIO) == [
+    assert check_scan("a", [file], Expected(("R", "G", "B"), ".png", NaturalImage2DIO)).errors == []
+    assert check_scan("a", [file], Expected(("gray",), ".png", NaturalImage2DIO)).errors == [
         "a: 3 channels, but dataset.json has 1 (gray)"
     ]
 
@@ -533,7 +534,7 @@ def test_plain_names_and_dicom_series_are_scans_too(single, single_target, tmp_p
     for name in ("numbered_0000.nii.gz", "plain.nii.gz"):
         sitk.WriteImage(image, str(tmp_path / name))
     tiny.write_dicom(image, tmp_path / "series")
-    preprocess_single(images=tmp_path, num_processes=1)
+    preprocess_single(images=tmp_path, num_processes=1, accept=["plain", "series"])
     assert {n for n in names_in(single_target) if n.endswith(".pkl")} == {"numbered.pkl", "plain.pkl", "series.pkl"}
     expected = array_of(single_target, "numbered")
     assert expected.shape[1:] != image.GetSize()[::-1]  # it was resampled: the spacing counts

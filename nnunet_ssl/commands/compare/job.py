@@ -18,6 +18,7 @@ from nnunetv2 import paths
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_ssl.commands.evaluate import evaluate
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.processes import execute
 
 PROTOCOL = "strict"
@@ -121,7 +122,10 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
             if checkpoint.is_file() and not is_complete(checkpoint):
                 os.replace(checkpoint, checkpoint.with_suffix(".incomplete"))
         resume = ["--c"] if any(map(is_complete, unfinished)) else []
-        call(job, [*job.training(), "-device", job.device, *resume], lambda: tell(f"training{epoch(job.log)}"))
+        # comparisons with other output folders train the same models, and stock trainers have no lock of their own
+        job.model.parent.mkdir(parents=True, exist_ok=True)
+        with locked(job.model.with_name(f".{job.model.name}.lock"), f"training {job.name} for {job.output}"):
+            call(job, [*job.training(), "-device", job.device, *resume], lambda: tell(f"training{epoch(job.log)}"))
     temporary = job.predictions.with_name(f".{job.name}.tmp")
     if not finished(job, temporary):  # it may have been ended just before the last step
         shutil.rmtree(temporary, ignore_errors=True)

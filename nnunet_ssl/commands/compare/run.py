@@ -19,6 +19,7 @@ from nnunet_ssl.data.splits import check_fold
 from nnunet_ssl.system.cluster import make_executor, run_jobs
 from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.system.wording import counted
 
@@ -68,6 +69,7 @@ def compare(
         ValueError: no such configuration, fold, trainer or device, or scans and labels that are not of the same cases.
         NotImplementedError: a cascade.
         ImportError: the launcher is "slurm" and submitit is not installed.
+        RuntimeError: another comparison writes into the same folder.
     """
     name = str(maybe_convert_to_dataset_name(dataset))
     folds, trainers = list(dict.fromkeys(folds)), list(dict.fromkeys(trainers))  # each once
@@ -88,15 +90,17 @@ def compare(
 
     for folder in (output / "logs", output / "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs if not finished(job, job.predictions)]
-    print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {output / 'logs'}")
-    failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, {job.name: job for job in todo})
-    lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
-    # what another computer has written may not be seen here; or the model was trained anew meanwhile
-    failures |= {
-        job.name: f"{job.predictions} is missing or old, run the command again; log: {job.log}" for job in lost
-    }
-    return report(jobs, failures)
+    with locked(output / ".compare.lock", f"comparing into {output}"):
+        todo = [job for job in jobs if not finished(job, job.predictions)]
+        print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {output / 'logs'}")
+        by_name = {job.name: job for job in todo}
+        failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, by_name)
+        lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
+        # what another computer has written may not be seen here; or the model was trained anew meanwhile
+        failures |= {
+            job.name: f"{job.predictions} is missing or old, run the command again; log: {job.log}" for job in lost
+        }
+        return report(jobs, failures)
 
 
 def check_dataset(name: str, configuration: str, plans_identifier: str, folds: Sequence[int | str]) -> None:

@@ -1,0 +1,75 @@
+"""Voxels of NIfTI files as they are stored: nnU-Net's readers replace what is no number, and read whole files only."""
+
+import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+
+from nnunet_ssl.data.scans import is_packed
+
+HEADERS = {348: Nifti1Header, 540: Nifti2Header}  # by the number of bytes, which the first four say
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a file stores its voxels: shape (*spatial, slices first), type, first byte, whether values are scaled."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    scaled: bool
+
+
+def stored(stream: BinaryIO) -> Stored | None:
+    """What the header of an open, unpacked file says; None where it is no NIfTI file with header and voxels in one."""
+    begin = stream.read(4)
+    size = min(int.from_bytes(begin, "little"), int.from_bytes(begin, "big"))
+    if size not in HEADERS:
+        return None
+    header = HEADERS[size](begin + stream.read(size - 4), check=False)
+    if not bytes(header["magic"]).startswith(b"n+"):
+        return None
+    slope, intercept = header.get_slope_inter()
+    scaled = slope not in (None, 1) or intercept not in (None, 0)
+    shape = tuple(int(number) for number in reversed(header.get_data_shape()))
+    return Stored(shape, header.get_data_dtype(), header.get_data_offset(), scaled)
+
+
+def count_not_finite(file: Path) -> int:
+    """Voxels of an unpacked file that are NaN or infinite; 0 where it is no NIfTI file.
+
+    Raises: ValueError where the file is shorter than its header says.
+    """
+    with file.open("rb") as stream:
+        how = stored(stream)
+    if how is None or how.dtype.kind != "f":
+        return 0
+    voxels = np.memmap(file, how.dtype, "r", how.offset, (int(np.prod(how.shape)),))
+    with np.errstate(over="ignore", invalid="ignore"):  # one pass: the sum is NaN or infinite if one voxel is
+        total = voxels.sum(dtype=voxels.dtype)
+    return 0 if np.isfinite(total) else int(np.count_nonzero(~np.isfinite(voxels)))
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A file, packed or not, as a stream of what is in it."""
+    with gzip.open(file) if is_packed(file) else file.open("rb") as stream:
+        yield stream
+
+
+def parts(stream: BinaryIO, how: Stored, size: int) -> Iterator[np.ndarray]:
+    """Voxels of an open file in parts of `size`, in its order; no more is read than is asked for."""
+    stream.seek(how.offset)
+    left = int(np.prod(how.shape))
+    while left > 0:
+        part = np.frombuffer(stream.read(min(size, left) * how.dtype.itemsize), how.dtype)
+        if len(part) == 0:
+            raise ValueError("cut off")
+        left -= len(part)
+        yield part
