@@ -66,6 +66,12 @@ def _add_prediction(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_accept(parser: argparse.ArgumentParser) -> None:
+    """Adds what lets through scans that look wrong."""
+    text = "scans that are right, though their voxels or their size look wrong"
+    parser.add_argument("--accept", nargs="+", default=(), metavar="CASE", help=text)
+
+
 # nnU-Net is imported inside the functions: it takes seconds, and `--help` should not
 
 
@@ -91,22 +97,14 @@ def _add_convert(commands) -> None:
     parser = _command(
         commands, "convert", _convert, "Convert a public dataset to nnU-Net's format, with folds for label budgets."
     )
-    parser.add_argument(
-        "name",
-        choices=["la", "acdc"],
-        help="la: left atrium, 2018 Atrial Segmentation Challenge; acdc: Automated Cardiac Diagnosis Challenge",
-    )
+    text = "la: left atrium, 2018 Atrial Segmentation Challenge; acdc: Automated Cardiac Diagnosis Challenge"
+    parser.add_argument("name", choices=["la", "acdc"], help=text)
     parser.add_argument("-i", dest="input", type=Path, required=True, help="folder with one folder per case or patient")
     parser.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the dataset that is written")
     parser.add_argument("--train-list", type=Path, help="la: file with one training case per line; default: published")
     parser.add_argument("--test-list", type=Path, help="file with one test case per line; default: published")
-    parser.add_argument(
-        "--labeled",
-        type=int,
-        nargs="+",
-        help="labeled cases (acdc: patients) of each fold; one more fold has all labels (default: la 8 4 16, "
-        "acdc 7 3 14)",
-    )
+    text = "cases (acdc: patients) of each fold; one more fold has all labels (default: la 8 4 16, acdc 7 3 14)"
+    parser.add_argument("--labeled", type=int, nargs="+", help=f"labeled {text}")
     parser.add_argument("--allow-missing", action="store_true", help="go on when listed cases are not in the folder")
     parser.add_argument(
         "--crop-margin",
@@ -141,14 +139,8 @@ def _convert(options) -> None:
         return
     from nnunet_ssl.dataset_conversion import la
 
-    la.convert(
-        options.input,
-        options.dataset_id,
-        options.train_list,
-        options.test_list,
-        crop_margin=options.crop_margin,
-        **shared,
-    )
+    lists = (options.train_list, options.test_list)
+    la.convert(options.input, options.dataset_id, *lists, crop_margin=options.crop_margin, **shared)
 
 
 def _check_convert(parser: argparse.ArgumentParser, options) -> None:
@@ -187,6 +179,7 @@ def _add_preprocess(commands) -> None:
     parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
     parser.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
+    _add_accept(parser)
 
 
 def _preprocess(options) -> None:
@@ -197,12 +190,19 @@ def _preprocess(options) -> None:
 
 def _add_pseudo_label(commands) -> None:
     parser = _command(
-        commands, "pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with a trained model."
+        commands, "pseudo-label", _pseudo_label, "Self-training: label the unlabeled scans with trained models."
     )
-    _add_model(parser)
-    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
-    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    _add_model(parser, folds="some")
+    parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer"], help="trainers of the models")
+    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the models")
     parser.add_argument("-o", dest="output_id", type=int, required=True, help="id of the dataset that is written")
+    text = "further model folders with the same plans and folds, as of other seeds"
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help=text)
+    text = "voxels on which the models disagree: keep the label of the mean, or ignore them in the training"
+    parser.add_argument("--uncertain", choices=["keep", "ignore"], default="keep", help=text)
+    text = "leave out so many scans, those on which the models disagree most"
+    parser.add_argument("--drop-worst", type=int, default=0, metavar="N", help=text)
+    _add_accept(parser)
     _add_prediction(parser)
 
 
@@ -248,9 +248,8 @@ def _add_export(commands) -> None:
     parser = _command(commands, "export", _export, "Write a trained model that plain nnU-Net predicts with.")
     _add_model(parser, folds="all trained")
     parser.add_argument("-tr", dest="trainer", required=True, help="trainer of the model, one of ours")
-    parser.add_argument(
-        "-o", dest="output", type=Path, required=True, help="new model folder, or a file ending in .zip"
-    )
+    text = "new model folder, or a file ending in .zip"
+    parser.add_argument("-o", dest="output", type=Path, required=True, help=text)
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
     parser.add_argument(
         "--network",
@@ -351,9 +350,8 @@ def _add_compare(commands) -> None:
         "dataset's folder of nnUNet_results)",
     )
     parser.add_argument("--train", action="store_true", help="train what is not trained yet, go on with what is begun")
-    parser.add_argument(
-        "--launcher", default="local", choices=["local", "slurm"], help="one job at a time, or a cluster"
-    )
+    text = "one job at a time, or a cluster"
+    parser.add_argument("--launcher", default="local", choices=["local", "slurm"], help=text)
     parser.add_argument(
         "--slurm",
         type=_setting,

@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+from nnunet_ssl.commands.labeling import SCRATCH
 from nnunet_ssl.data.scans import unpacked
 from nnunet_ssl.system.files import replacing
 
-RECORD, SCRATCH = "model.json", "predicting"  # in the hidden folder of a run that is not finished
+RECORD = "model.json"  # in the hidden folder of a run that is not finished
 
 
 def finished_labels(unfinished: Path, record: str, scans: dict[str, list[str]], ending: str) -> set[str]:

@@ -1,39 +1,28 @@
-"""Self-training: a trained model labels the unlabeled scans, and stock nnU-Net trains on the result."""
+"""Self-training: trained models label the unlabeled scans, and stock nnU-Net trains on the result."""
 
+import csv
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Collection
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import torch
 from nnunetv2 import paths
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
-from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from tqdm import tqdm
 
-from nnunet_ssl.commands.interrupted_labels import (
-    RECORD,
-    SCRATCH,
-    convert_series,
-    finished_labels,
-    start_or_resume,
-)
+from nnunet_ssl.commands.interrupted_labels import RECORD, convert_series, finished_labels, start_or_resume
+from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, Model, predict
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
 from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans
 from nnunet_ssl.data.splits import read_fold, save_splits
+from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import worker_pool
 from nnunet_ssl.training.checkpoints import read_checkpoint
@@ -42,37 +31,45 @@ from nnunet_ssl.training.checkpoints import read_checkpoint
 def pseudo_label(
     dataset: str,
     configuration: str,
-    fold: int | str,
+    folds: Sequence[int | str],
     output_id: int,
-    trainer: str = "nnUNetTrainer",
+    trainers: Sequence[str] = ("nnUNetTrainer",),
     plans_identifier: str = "nnUNetPlans",
     checkpoint: str = "checkpoint_final.pth",
     device: str = "cuda",
     num_processes: int = 2,
     mirroring: bool = True,
     accept: Collection[str] = (),
+    also: Sequence[Path] = (),
+    uncertain: str = "keep",
+    drop_worst: int = 0,
 ) -> Path:
-    """Writes a raw dataset of the fold's labeled scans and of its unlabeled scans with predicted labels.
+    """Writes a raw dataset of the folds' labeled scans and of their unlabeled scans with predicted labels.
 
     This is what nnU-Net's maintainers recommend where most scans have no labels, and so the baseline of every
     semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
     new folder; a DICOM series is converted into a file there. The entry "pseudo_labels" says which cases a model has
-    labeled, and which model. The plans and a split with the fold's validation cases, whose labels are true, go to
+    labeled, and which model. The plans and a split with the folds' validation cases, whose labels are true, go to
     nnUNet_preprocessed. Nothing of the new dataset exists until all scans are labeled. A run that was interrupted goes
-    on where it stopped: labels of the same model are kept, except where the scan is newer.
+    on where it stopped: labels of the same models are kept, except where the scan is newer.
+
+    Several models label with the mean of their probabilities; disagreement.csv says how much they differ on each scan.
 
     Args:
         dataset: id or name of the source dataset.
-        configuration: of the trained model.
-        fold: of the trained model, a number or "all"; its labeled cases become those of the new dataset.
+        configuration: of the trained models.
+        folds: of the trained models, numbers or "all"; their labeled cases become those of the new dataset.
         output_id: id of the new dataset.
-        trainer: of the trained model, any of nnU-Net's or ours.
-        plans_identifier: of the trained model.
-        checkpoint: file name in the fold's folder.
+        trainers: of the trained models, any of nnU-Net's or ours; all of the folds of each are used.
+        plans_identifier: of the trained models.
+        checkpoint: file name in the folders of the folds.
         device: "cuda", "cpu" or "mps".
         num_processes: for preprocessing, and as many for export; with 1 this process does the export.
         mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
         accept: scans of imagesUn whose voxels and size are right, whatever they look like.
+        also: further model folders with the same plans and folds, as of other seeds.
+        uncertain: "keep", or "ignore": voxels on which the models disagree get nnU-Net's ignore label.
+        drop_worst: leaves out so many scans, those on which the models disagree most.
 
     Returns:
         Folder of the new dataset in nnUNet_raw.
@@ -80,7 +77,8 @@ def pseudo_label(
     Raises:
         FileNotFoundError: no dataset, no trained model or no unlabeled scans; the message has the fix.
         FileExistsError: the id is taken.
-        ValueError: no such fold, or unsound scans, as in `preprocess_unlabeled`.
+        ValueError: no such fold, folds that hide different labels, models with other plans, or too few of them to
+            disagree; unsound scans, as in `preprocess_unlabeled`.
         RuntimeError: another run labels the same scans.
         NotImplementedError: a cascade.
     """
@@ -90,16 +88,23 @@ def pseudo_label(
     if plans.get_configuration(configuration).previous_stage_name is not None:
         raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
     require_free_id(output_id)
-    model = trained_model(name, configuration, fold, trainer, plans_identifier, checkpoint)
+    origin = {"dataset": name, "trainer": alone(trainers), "plans": plans_identifier, "configuration": configuration}
+    origin |= {"fold": alone(folds), "checkpoint": checkpoint} | ({"also": list(map(str, also))} if also else {})
+    origin |= {"uncertain": uncertain} if uncertain != "keep" else {}
+    models = trained_models(name, configuration, folds, trainers, plans_identifier, checkpoint, also)
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
-    labeled, validation, scans = sort_cases(name, fold, cases, dataset_json)
-    read_checkpoint(model / f"fold_{fold}" / checkpoint)  # it is used after all scans are checked
+    entries = sort_folds(name, folds, cases, dataset_json)
+    scans = entries[0][2]
+    require_enough(models, scans, uncertain, drop_worst)
+    ignore_label = None
+    if uncertain == "ignore":
+        dataset_json, ignore_label = with_ignore_label(dataset_json)
+    for model in models:
+        read_checkpoint(model.file)  # it is used after all scans are checked
     num_processes, ending = max(1, num_processes), dataset_json["file_ending"]
-    origin = {"dataset": name, "trainer": trainer, "plans": plans_identifier, "configuration": configuration}
-    origin |= {"fold": fold, "checkpoint": checkpoint}
-    state = (model / f"fold_{fold}" / checkpoint).stat()
-    record = json.dumps(origin | {"mirroring": mirroring, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
+    states = [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
+    record = json.dumps(origin | {"mirroring": mirroring, "files": states})
 
     folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
     # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
@@ -112,12 +117,50 @@ def pseudo_label(
         start_or_resume(unfinished, record, kept, len(scans), ending)
         scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
         if left:
-            model_of = (unfinished, model, fold, checkpoint, device, num_processes, mirroring)
-            predict({case: scans[case] for case in left}, *model_of)
-        true_labels = {case: cases[case] for case in sorted(labeled + validation)}
-        publish(unfinished, folder, dataset_json, true_labels, scans, validation, origin)
+            remaining = {case: scans[case] for case in left}
+            predict(remaining, unfinished, models, device, num_processes, mirroring, ignore_label)
+        scans = without_worst(scans, unfinished, drop_worst)
+        own = described(cases, entries, scans, unfinished, dataset_json, origin)
+        splits = [{"train": sorted([*train, *scans]), "val": sorted(val)} for train, val, _ in entries if val]
+        publish(unfinished, folder, dataset_json | own, splits)
     move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)  # only labels shall differ
     return folder
+
+
+def alone(values: Sequence) -> object:
+    """The only one of the values; where there are several, a list of them."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def require_enough(models: Sequence[Model], scans: Collection[str], uncertain: str, drop_worst: int) -> None:
+    """Raises ValueError where one model cannot disagree, or where no scan would be left."""
+    if len(models) == 1 and (uncertain != "keep" or drop_worst):
+        raise ValueError("One model does not disagree with itself: give several, with -f 0 1 2, -tr or --also.")
+    if not 0 <= drop_worst < len(scans):
+        raise ValueError(f"--drop-worst {drop_worst} leaves none of {len(scans)} unlabeled scans.")
+
+
+def with_ignore_label(dataset_json: dict) -> tuple[dict, int]:
+    """The dataset with nnU-Net's ignore label, whose number it returns too; its own one where it has one."""
+    labels = dataset_json["labels"]
+    if "ignore" in labels:
+        return dataset_json, labels["ignore"]
+    numbers = [n for value in labels.values() for n in (value if isinstance(value, list) else [value])]
+    number = max(numbers) + 1  # nnU-Net wants the highest
+    return dataset_json | {"labels": labels | {"ignore": number}}, number
+
+
+def without_worst(scans: dict[str, list[str]], unfinished: Path, number: int) -> dict[str, list[str]]:
+    """The scans but those on which the models disagree most; writes disagreement.csv, with a row for every scan."""
+    files = {case: unfinished / DISAGREEMENT / f"{case}.txt" for case in scans}
+    if not all(file.is_file() for file in files.values()):  # a single model
+        return scans
+    values = {case: float(file.read_text()) for case, file in files.items()}
+    worst_first = sorted(values, key=lambda case: (-values[case], case))
+    with (unfinished / "disagreement.csv").open("w", newline="") as f:
+        rows = [(case, f"{values[case]:.4f}", "no" if i < number else "yes") for i, case in enumerate(worst_first)]
+        csv.writer(f).writerows([("case", "disagreement", "used"), *rows])
+    return {case: scans[case] for case in sorted(worst_first[number:])}
 
 
 def require_free_id(number: int) -> None:
@@ -129,16 +172,52 @@ def require_free_id(number: int) -> None:
         raise FileExistsError(f"Dataset {number} exists already: {', '.join(datasets)}. Choose another -o.")
 
 
-def trained_model(
-    name: str, configuration: str, fold: int | str, trainer: str, plans_identifier: str, checkpoint: str
-) -> Path:
-    """Folder of a model; raises FileNotFoundError, which has the command that trains it, without the checkpoint."""
-    model = Path(get_output_folder(name, trainer, plans_identifier, configuration))
-    file = model / f"fold_{fold}" / checkpoint
-    if not file.is_file():
-        command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
-        raise FileNotFoundError(f"{file} is missing. Train the model first: {command}")
-    return model
+def trained_models(
+    name: str,
+    configuration: str,
+    folds: Sequence[int | str],
+    trainers: Sequence[str],
+    plans_identifier: str,
+    checkpoint: str,
+    also: Sequence[Path],
+) -> list[Model]:
+    """The models of all trainers and folders, every fold of each.
+
+    Raises: FileNotFoundError, with the command that trains it, where one is missing; ValueError where a further folder
+        has other plans.
+    """
+    found = []
+    for trainer in trainers:
+        folder = Path(get_output_folder(name, trainer, plans_identifier, configuration))
+        for fold in folds:
+            found.append(Model(folder, fold, checkpoint))
+            if not found[-1].file.is_file():
+                command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
+                raise FileNotFoundError(f"{found[-1].file} is missing. Train the model first: {command}")
+    for folder in also:
+        if not (folder / "plans.json").is_file():
+            raise FileNotFoundError(f"{folder / 'plans.json'} is missing. --also takes model folders.")
+        if read_json(folder / "plans.json") != read_json(found[0].folder / "plans.json"):
+            raise ValueError(f"{folder} has other plans than {found[0].folder}. Their predictions cannot be averaged.")
+        found += [Model(folder, fold, checkpoint) for fold in folds]
+        missing = [str(model.file) for model in found if not model.file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} is missing.")
+    return found
+
+
+def sort_folds(
+    name: str, folds: Sequence[int | str], cases: dict, dataset_json: dict
+) -> list[tuple[list[str], list[str], dict[str, list[str]]]]:
+    """What `sort_cases` finds for every fold; raises ValueError where a fold hides labels that another one knows."""
+    entries = [sort_cases(name, fold, cases, dataset_json) for fold in folds]
+    for fold, (_, _, scans) in zip(folds, entries, strict=True):
+        if scans.keys() != entries[0][2].keys():
+            raise ValueError(
+                f"Folds {folds[0]} and {fold} of {name} have different unlabeled cases: a model of the one has seen "
+                f"labels that the other one hides. Give folds with the same unlabeled cases."
+            )
+    return entries
 
 
 def refuse_unsound(
@@ -162,34 +241,41 @@ def refuse_unsound(
     report.require_sound("Nothing was labeled", raw / "imagesUn")
 
 
-def publish(
-    unfinished: Path,
-    folder: Path,
-    dataset_json: dict,
-    labeled: dict[str, dict],
-    scans: dict[str, list[str]],
-    validation: list[str],
-    origin: dict,
-) -> None:
+def described(
+    cases: dict, entries: list, scans: dict[str, list[str]], unfinished: Path, dataset_json: dict, origin: dict
+) -> dict:
+    """The entries of dataset.json that tell which cases the new dataset has, and where their labels are from.
+
+    Args:
+        cases: of the source dataset, with images and label.
+        entries: per fold its labeled and its validation cases.
+        scans: that have new labels.
+        unfinished: the hidden folder.
+        dataset_json: of the source dataset.
+        origin: of the new labels.
+    """
+    true = sorted({case for train, val, _ in entries for case in (*train, *val)})
+    table = dataset_entries(unfinished, {case: cases[case] for case in true}, scans, dataset_json["file_ending"])
+    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
+    name = unfinished.name.removeprefix(".").removesuffix(".tmp")
+    return {"name": name, "numTraining": len(table), "dataset": table, "pseudo_labels": provenance}
+
+
+def publish(unfinished: Path, folder: Path, dataset_json: dict, splits: list[dict[str, list[str]]]) -> None:
     """Makes the hidden folder, in which all labels are, a dataset of nnU-Net; the raw dataset appears in one step.
 
     Args:
         unfinished: the hidden folder.
         folder: what it becomes; one of the same name is made in nnUNet_preprocessed.
-        dataset_json: of the dataset that the scans are from.
-        labeled: as in `dataset_entries`, as `scans`.
-        validation: cases with true labels that are not trained on; where there is none, nnU-Net trains on all cases.
-        origin: of the new labels.
+        dataset_json: of the new dataset.
+        splits: its folds; none where nnU-Net shall train on all cases.
     """
     preprocessed = Path(paths.nnUNet_preprocessed) / folder.name
-    entries = dataset_entries(unfinished, labeled, scans, dataset_json["file_ending"])
-    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
-    own = {"name": folder.name, "numTraining": len(entries), "dataset": entries, "pseudo_labels": provenance}
-    (unfinished / "dataset.json").write_text(json.dumps(dataset_json | own, indent=1))
-    if validation:
-        train = sorted(entries.keys() - set(validation))
-        save_splits(preprocessed / "splits_final.json", [{"train": train, "val": sorted(validation)}])
-    shutil.rmtree(unfinished / SCRATCH, ignore_errors=True)
+    (unfinished / "dataset.json").write_text(json.dumps(dataset_json, indent=1))
+    if splits:
+        save_splits(preprocessed / "splits_final.json", splits)
+    for temporary in (SCRATCH, DISAGREEMENT):
+        shutil.rmtree(unfinished / temporary, ignore_errors=True)
     (unfinished / RECORD).unlink()
     os.replace(unfinished, folder)
     preprocessed.mkdir(exist_ok=True)
@@ -248,74 +334,3 @@ def sort_cases(
             f'"unlabeled" list in {splits}.'
         )
     return entry["train"], entry["val"], dict(sorted(scans.items()))
-
-
-def predict(
-    scans: dict[str, list[str]],
-    unfinished: Path,
-    model: Path,
-    fold: int | str,
-    checkpoint: str,
-    device: str,
-    num_processes: int,
-    mirroring: bool,
-) -> None:
-    """Predicts the scans with nnU-Net's own predictor, behind a progress bar.
-
-    A label file appears in `labelsTr` of the folder `unfinished` when it is complete, as soon as its scan is predicted.
-
-    Raises:
-        RuntimeError: a worker died.
-    """
-    predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (fold,), checkpoint)
-    how = (predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json)
-    prepared = preprocessing_iterator_fromfiles(
-        list(scans.values()),
-        None,
-        list(scans),
-        predictor.plans_manager,
-        predictor.dataset_json,
-        predictor.configuration_manager,
-        num_processes,
-        device == "cuda",
-    )
-    exports = deque()
-    try:
-        with worker_pool(num_processes) as pool:
-            for item in tqdm(prepared, total=len(scans), desc="Labeling scans", unit="scan"):
-                logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu().detach().numpy()
-                job = (item["ofile"], unfinished, logits, item["data_properties"], *how)
-                if pool is None:
-                    export(*job)
-                    continue
-                exports.append(pool.submit(export, *job))
-                while len(exports) > num_processes + 2:  # more would fill the memory
-                    exports.popleft().result()
-            while exports:
-                exports.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "A worker process died without an error, most likely because memory ran out. Run the same command again "
-            "with fewer processes (-np 1 needs the least): complete labels are kept."
-        ) from error
-
-
-def export(
-    case: str, unfinished: Path, logits: np.ndarray, properties: dict, configuration, plans, dataset_json
-) -> None:
-    """Writes a label file with nnU-Net's own export into a folder of its own, and moves it to `labelsTr` in one step.
-
-    Args:
-        logits: (classes, *spatial) of the preprocessed scan.
-        properties: of the preprocessed scan.
-        configuration: nnU-Net's manager, as `plans`.
-        dataset_json: of the model.
-    """
-    scratch = unfinished / SCRATCH / case
-    scratch.mkdir(parents=True, exist_ok=True)
-    export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, str(scratch / case))
-    label = f"{case}{dataset_json['file_ending']}"
-    # the label goes last, it says that all is there: nnU-Net writes the spacing of a TIFF beside it
-    for file in sorted(scratch.iterdir(), key=lambda file: file.name == label):
-        os.replace(file, unfinished / "labelsTr" / file.name)

@@ -81,7 +81,6 @@ def start_from(
     if mismatched_networks(weights, {"student": trainer.network}):
         raise ValueError(f"{file}: the network is not that of {trainer_name} with {plans_identifier}, {configuration}.")
     trainer.network.load_state_dict(weights["network_weights"])
-    trainer._restart_companions()
     phase = trainer.supervised_epochs
     trainer.current_epoch = phase - 1  # the last one that is done
     trainer.inference_allowed_mirroring_axes = state["inference_allowed_mirroring_axes"]

@@ -198,7 +198,8 @@ def predicted_foreground(
         raise ValueError(f"{problem}: {name} was labeled by a model of {model['dataset']}. {advice}")
     if labeled is not None:
         folds = read_splits(folder / "splits_final.json")  # none where the model has seen all labels
-        hidden = sorted(set(folds[0]["train"]) - set(model["cases"]) - set(labeled)) if folds else ["all cases"]
+        seen = {case for fold in folds for case in fold["train"]}
+        hidden = sorted(seen - set(model["cases"]) - set(labeled)) if folds else ["all cases"]
         if hidden:
             raise ValueError(
                 f"{problem}: {name} was labeled by a model that has seen labels which this fold must not know, of "

@@ -45,7 +45,7 @@ class Report:
     def require_sound(self, verdict: str, images: Path) -> None:
         """Prints the warnings; raises ValueError with the verdict and a line per problem where there are problems."""
         if self.problems:
-            text = f"{verdict}: {len(self.problems)} problems in {images}\n  " + "\n  ".join(self.problems)
+            text = f"{verdict}. Problems in {images}:\n  " + "\n  ".join(self.problems)
             if self.doubtful:
                 text += f"\nLet through what is right as it is: --accept {' '.join(self.doubtful)}"
             raise ValueError(text)

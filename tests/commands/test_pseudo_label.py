@@ -130,26 +130,26 @@ def test_stock_nnunet_preprocesses_with_the_same_plans_and_trains_on_it(written,
 def test_an_id_that_is_taken_is_refused(written):
     before = sorted(written.rglob("*"))
     with pytest.raises(FileExistsError, match="Dataset981_TinyPseudoLabels"):
-        pseudo_label("701", "3d_fullres", 0, 981, device="cpu")
+        pseudo_label("701", "3d_fullres", [0], 981, device="cpu")
     assert sorted(written.rglob("*")) == before
 
 
 def refused(error, match, **arguments):
-    arguments = {"fold": 0, "output_id": 982, "device": "cpu", "num_processes": 1, **arguments}
+    arguments = {"folds": [0], "output_id": 982, "device": "cpu", "num_processes": 1, **arguments}
     with pytest.raises(error, match=match):
-        pseudo_label("701", "3d_fullres", arguments.pop("fold"), arguments.pop("output_id"), **arguments)
+        pseudo_label("701", "3d_fullres", arguments.pop("folds"), arguments.pop("output_id"), **arguments)
     assert not list(Path(paths.nnUNet_raw).glob("*982*"))
     assert not list(Path(paths.nnUNet_preprocessed).glob("*982*"))
 
 
 def test_a_model_that_is_missing_is_named_with_the_command_that_trains_it(tiny_dataset):
-    refused(FileNotFoundError, "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerX", trainer="nnUNetTrainerX")
+    refused(FileNotFoundError, "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerX", trainers=["nnUNetTrainerX"])
 
 
 def test_a_fold_that_is_missing_is_refused(model):
     (model / "fold_4").mkdir()
     (model / "fold_4" / "checkpoint_final.pth").touch()
-    refused(ValueError, "Fold 4 does not exist: .*splits_final.json has the folds 0 to 0", fold=4)
+    refused(ValueError, "Fold 4 does not exist: .*splits_final.json has the folds 0 to 0", folds=[4])
     shutil.rmtree(model / "fold_4")
 
 
@@ -208,7 +208,7 @@ def network(model, monkeypatch):
 def label(**arguments):
     """Writes Dataset983_TinyPseudoLabels."""
     arguments = {"device": "cpu", "num_processes": 1, "mirroring": False, **arguments}
-    return pseudo_label("701", "3d_fullres", 0, 983, **arguments)
+    return pseudo_label("701", "3d_fullres", [0], 983, **arguments)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from equations import CLASSES, EVERY_KIND, assert_terms, started
+from test_m3hl import whole_cells
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.mixing import block_mask
@@ -67,23 +68,27 @@ def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_datase
 
 
 def test_the_feature_terms_compare_a_mix_with_the_teacher_where_both_show_the_unlabeled_patch(tiny_dataset):
-    trainer = started(nnUNetTrainerCoM3HL, tiny_dataset, **PLAIN, feature_weight=0.5, unmixed=0.0)
-    groups = list(trainer.losses(CLASSES.random_batch(2)))
-    names = {"labeled", "pseudo", "peer", "low", "high"}
-    assert set(groups[0]) == {f"{name}_{number}" for name in names for number in (1, 2)}
-    companions = trainer.companions
-    for teacher in (companions.teacher,):
-        teacher.load_state_dict(trainer.network.state_dict())
-    companions.student_2.load_state_dict(trainer.network.state_dict())
+    trainer = started(nnUNetTrainerCoM3HL, tiny_dataset, **PLAIN, feature_weight=0.8, unmixed=0.0)
     batch = CLASSES.random_batch(2)
-    batch.image[:] = batch.unlabeled_weak[:] = batch.unlabeled  # then every patch shows what the teacher sees
-    for group in trainer.losses(batch):
-        assert {name: round(float(group[name].detach()), 5) for name in ("low_1", "high_1", "low_2", "high_2")} == {
-            "low_1": 0,
-            "high_1": 0,
-            "low_2": 0,
-            "high_2": 0,
-        }
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    [drawn] = block_mask(1, (16, 16, 16), cells=2)
+    taught = trainer.companions.teacher.encoder(batch.unlabeled_weak)
+    expected = dict.fromkeys(("low_1", "high_1", "low_2", "high_2"), 0)
+    order = [(trainer.step + i) % 2 for i in (0, 1)]
+    for sample, keep in zip(order, (drawn, ~drawn), strict=True):
+        image = torch.where(keep, batch.image[sample], batch.unlabeled[sample])[None]
+        for number, student in ((1, trainer.network), (2, trainer.companions.student_2)):
+            own = student.encoder(image)
+            cells = [whole_cells(~keep[0], own[level].shape[2:]) for level in (1, -1)]
+            low = (own[1][0] - taught[1][sample])[:, cells[0]].abs().mean()
+            x, y = (features[:, cells[1]].flatten() for features in (own[-1][0], taught[-1][sample]))
+            # 0.8 / 2, as in M3HL, and half of the batch each
+            expected[f"low_{number}"] += 0.4 * low / 2
+            expected[f"high_{number}"] += 0.4 * (1 - x @ y / x.norm() / y.norm()) / 2
+    assert_terms([{name: value for name, value in group.items() if name in expected} for group in groups], expected)
 
 
 def test_complementary_masks_show_the_students_together_every_voxel_of_both_scans(tiny_dataset):
