@@ -135,9 +135,8 @@ def unpacked(file: Path, ending: str) -> Iterator[Path]:
                 except OSError as error:
                     if error.errno is None:  # a damaged file
                         raise
-                    raise OSError(
-                        f"{scratch} has no room to unpack {file.name} ({error.strerror}). Set TMPDIR to a folder with room."
-                    ) from error
+                    text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
+                    raise OSError(f"{text}. Set TMPDIR to a folder with room.") from error
             yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
