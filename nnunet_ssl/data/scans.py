@@ -121,7 +121,7 @@ def unpacked(file: Path, ending: str) -> Iterator[Path]:
     A folder of DICOM files becomes one image file with the ending. A packed NIfTI file is unpacked: SimpleITK alone
     takes three times as long as Python's gzip and SimpleITK together.
 
-    Raises: ValueError where the folder does not hold exactly one DICOM series.
+    Raises: ValueError where the folder does not hold exactly one DICOM series, OSError without room to unpack.
     """
     if not file.is_dir():
         if not is_packed(file):
@@ -130,7 +130,13 @@ def unpacked(file: Path, ending: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, file.name.removesuffix(".gz"))
             with gzip.open(file) as source, path.open("wb") as unpacked:
-                shutil.copyfileobj(source, unpacked, 2**20)
+                try:
+                    shutil.copyfileobj(source, unpacked, 2**20)
+                except OSError as error:
+                    if error.errno is None:  # a damaged file
+                        raise
+                    text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
+                    raise OSError(f"{text}. Set TMPDIR to a folder with room.") from error
             yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
