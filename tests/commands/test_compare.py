@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from matplotlib import colors, image
 from nnunetv2 import paths
 from scipy import stats
@@ -80,6 +81,7 @@ def option(arguments, name):
 def fake_execute(program, arguments, log, environment=None, tick=lambda: None):
     """Does what nnU-Net's command leaves on disk, and notes that it was called in $CALLS."""
     tick()
+    tick()  # as time goes by
     trainer = option(arguments, "-tr")
     with open(os.environ["CALLS"], "a") as file:
         file.write(" ".join([program, trainer, *[a for a in arguments if a in ("--c", "--disable_tta")]]) + "\n")
@@ -400,7 +402,7 @@ def test_test_scans_and_labels_that_do_not_fit_are_refused(trained, fake, capsys
 
 
 def test_a_device_that_is_not_there_is_refused(trained, fake, capsys, monkeypatch):
-    monkeypatch.setattr(run_module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(trained, capsys, "-device cpu", device="cuda")
     refused(trained, capsys, "-device cpu", device="cuda", trainers=["nnUNetTrainerBCP"])  # before training is advised
 
@@ -426,7 +428,7 @@ def test_submitit_is_asked_for_only_where_it_is_needed(trained, fake, capsys, mo
 def test_a_job_shows_how_far_it_is(trained, fake, capsys):
     assert compare(trainers=THREE[:2]) == 0
     lines = capsys.readouterr().out.splitlines()
-    shown = [line for line in lines if line.startswith("nnUNetTrainer")]
+    shown = [line for line in lines if ", fold 0: " in line]
     assert shown == [
         text
         for trainer in THREE[:2]

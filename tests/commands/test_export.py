@@ -233,6 +233,7 @@ def test_a_zip_file_is_replaced_as_a_whole(trained, tmp_path):
         ),
         ("-tr nnUNetTrainerM3HL --network student_2", "has no network 'student_2'; it has student, teacher."),
         ("-tr nnUNetTrainer_1epoch", "is no semi-supervised trainer: export makes"),
+        ("-tr nnUNetTrainerM3HL_1epochs", "is missing. Train it first"),
         ("-tr nnUNetTrainerM3HL -chk other.pth", "other.pth is missing"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_training_has_its_pictures(trainer_class, tiny_dataset):
     trainer = make_trainer(trainer_class, tiny_dataset)
     trainer.run_training()
     with Image.open(Path(trainer.output_folder) / "semi_supervised.png") as picture:
-        assert picture.size == (1600, 750)
+        assert picture.size == (1100, 1260)  # five panels
     assert Path(trainer.output_folder, "progress.png").stat().st_size > 10_000
 
 
