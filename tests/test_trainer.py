@@ -530,7 +530,7 @@ def test_an_error_ends_the_workers_though_the_process_goes_on(tiny_dataset, monk
     assert not [worker for worker in workers if worker.is_alive()]
 
 
-def test_the_readmes_method_is_the_trainer_as_it_is():
+def test_the_method_in_the_documents_is_the_trainer_as_it_is():
     root = Path(__file__).parents[1]
-    shown = (root / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    shown = (root / "docs" / "adding_a_method.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     assert (root / "trainers" / "nnUNetTrainerMeanTeacher.py").read_text(encoding="utf-8").endswith(shown)
