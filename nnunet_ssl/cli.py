@@ -12,6 +12,8 @@ from nnunet_ssl.system.nnunet_version import require_nnunet
 from nnunet_ssl.system.quiet import without_warnings_of_others
 from nnunet_ssl.system.wording import counted
 
+ACCEPT = "scans that are right as they are: copies, values and sizes that are refused otherwise"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; bad input ends in one sentence on stderr and exit code 1, without a traceback."""
@@ -187,6 +189,7 @@ def _add_preprocess(commands) -> None:
     parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
     parser.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
+    parser.add_argument("--accept", nargs="+", default=(), metavar="CASE", help=ACCEPT)
 
 
 def _preprocess(options) -> None:
@@ -203,6 +206,7 @@ def _add_pseudo_label(commands) -> None:
     parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer of the model")
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
     parser.add_argument("-o", dest="output_id", type=int, required=True, help="id of the dataset that is written")
+    parser.add_argument("--accept", nargs="+", default=(), metavar="CASE", help=ACCEPT)
     _add_prediction(parser)
 
 

@@ -12,7 +12,7 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determin
 from scipy import ndimage
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
-from nnunet_ssl.data.scans import as_text, geometry
+from nnunet_ssl.data.scan_checks import as_text, geometry
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import run_all, worker_pool
 from nnunet_ssl.system.wording import counted
