@@ -15,6 +15,7 @@ from nnunet_ssl.data.nifti import count_not_finite
 from nnunet_ssl.data.plausibility import Expected, expected_scans, size_doubt, smaller_than_patch, value_doubt
 from nnunet_ssl.data.scans import files_to_compare, unpacked
 from nnunet_ssl.system.pool import run_all
+from nnunet_ssl.system.wording import counted
 
 
 @dataclass
@@ -123,7 +124,8 @@ def check_scans(
         for configuration in found[case].too_small:
             small.setdefault(configuration, []).append(case)
     warnings = [
-        f"{len(cases)} scans are smaller than the patch of {name} along every axis: {', '.join(cases[:5])}"
+        f"{counted(len(cases), 'scan is', 'scans are')} smaller than the patch of {name} along every axis: "
+        f"{', '.join(cases[:5])}"
         for name, cases in small.items()
     ]
     return Report(problems, warnings + copies.warnings, doubtful)

@@ -29,6 +29,7 @@ from nnunet_ssl.commands.evaluate import METRICS
 from nnunet_ssl.commands.pictures import compare_cases
 from nnunet_ssl.system import cluster
 from nnunet_ssl.system.colours import COLOURS
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.processes import execute
 
 CASES = ("a", "b", "c")
@@ -152,6 +153,17 @@ def test_every_trainer_is_predicted_evaluated_and_listed(trained, fake, capsys):
     assert "booktabs" in (out(trained) / "comparison.tex").read_text(encoding="utf-8")
     assert (out(trained) / "comparison.png").stat().st_size > 10_000
     assert "nnUNetv2_predict" in (out(trained) / "logs" / "nnUNetTrainer_fold_0.log").read_text(encoding="utf-8")
+
+
+def test_a_second_comparison_into_the_same_folder_is_refused(trained, fake, capsys):
+    out(trained).mkdir(parents=True)
+    with locked(out(trained) / ".compare.lock", f"comparing into {out(trained)}"):
+        assert compare() == 1
+    assert f"Process {os.getpid()} on " in (error := capsys.readouterr().err)
+    assert f"has been comparing into {out(trained)} since" in error
+    assert fake() == []
+    assert compare() == 0
+    assert not list(out(trained).glob(".*"))
 
 
 def test_the_folder_cannot_be_taken_for_a_model(trained, fake):

@@ -23,6 +23,7 @@ from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.pseudo_label import pseudo_label
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 LABELED, VALIDATION = ["case_000", "case_001"], ["case_002"]
@@ -151,6 +152,30 @@ def test_a_fold_that_is_missing_is_refused(model):
     (model / "fold_4" / "checkpoint_final.pth").touch()
     refused(ValueError, "Fold 4 does not exist: .*splits_final.json has the folds 0 to 0", folds=[4])
     shutil.rmtree(model / "fold_4")
+
+
+def test_a_second_run_for_the_same_dataset_is_refused(model):
+    folder = Path(paths.nnUNet_raw) / "Dataset984_TinyPseudoLabels"
+    lock = folder.with_name(f".{folder.name}.lock")
+    with locked(lock, f"labeling scans for {folder}"):
+        refused(RuntimeError, f"Process .* has been labeling scans for {folder} since", output_id=984)
+
+
+def test_scans_are_compared_and_let_through_by_name(model, network):
+    images = Path(paths.nnUNet_raw) / "Dataset701_Tiny" / "imagesUn"
+    shutil.copy(images.with_name("imagesTr") / "case_002_0000.nii.gz", images / "copied_0000.nii.gz")
+    try:
+        words = (
+            r"Nothing was labeled(.|\n)*copied_0000.nii.gz: .* case_002_0000.nii.gz in imagesTr(.|\n)*--accept copied"
+        )
+        refused(ValueError, words, output_id=984)
+        refused(ValueError, "--accept nobody: no such case in", output_id=984, accept=["nobody"])
+        network.limit = 0
+        with pytest.raises(KeyboardInterrupt):  # the network is asked for labels
+            pseudo_label("701", "3d_fullres", 0, 984, device="cpu", num_processes=1, accept=["copied"])
+    finally:
+        (images / "copied_0000.nii.gz").unlink()
+        shutil.rmtree(images.parents[1] / ".Dataset984_TinyPseudoLabels.tmp", ignore_errors=True)
 
 
 @pytest.mark.parametrize("number", [0, 1000, -5])

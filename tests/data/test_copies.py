@@ -158,7 +158,7 @@ def test_a_labeled_scan_that_cannot_be_read_is_warned_of(folder):
     (folder / "others" / "case_0000.nii.gz").write_bytes(b"not an image")
     result = found(folder)
     assert result.doubts == {}
-    assert "1 files cannot be read, so that nobody knows" in result.warnings[0]
+    assert "1 file cannot be read, so nobody knows" in result.warnings[0]
     assert "case_0000.nii.gz in others" in result.warnings[0]
 
 
