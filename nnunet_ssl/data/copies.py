@@ -20,6 +20,7 @@ from nnunet_ssl.data import nifti
 from nnunet_ssl.data.plausibility import Expected
 from nnunet_ssl.data.scans import unpacked
 from nnunet_ssl.system.pool import run_all
+from nnunet_ssl.system.wording import counted
 
 # shape without axes of size 1; first voxel that differs from the first one of all; hash of it and of those behind it
 Fingerprint = tuple[tuple[int, ...], int, bytes]
@@ -118,8 +119,8 @@ def find_copies(
                 doubts.setdefault(own[file], []).append(line)
             known.setdefault(code, []).append(file)
     warnings = [
-        f"{len(reasons)} files cannot be read, so that nobody knows whether an unlabeled scan is a copy of one: "
-        f"{file.name} in {others.get(file, file.parent.name)} ({reason})"
+        f"{counted(len(reasons), 'file')} cannot be read, so that nobody knows whether an unlabeled scan is a copy of "
+        f"one: {file.name} in {others.get(file, file.parent.name)} ({reason})"
         for file, reason in list(reasons.items())[:1]
     ]
     return Copies(doubts, warnings)
