@@ -41,6 +41,18 @@ def stored(stream: BinaryIO) -> Stored | None:
     return Stored(shape, header.get_data_dtype(), header.get_data_offset(), scaled)
 
 
+def refuse_colours(file: Path) -> None:
+    """Raises ValueError where the voxels of an unpacked file are colours, which nnU-Net takes for an axis."""
+    with file.open("rb") as stream:
+        how = stored(stream)
+    # either every voxel is a record of colours, or the fifth axis holds them
+    if how is not None and (how.dtype.names or len(how.shape) > 4):
+        raise ValueError(
+            "its voxels are colours or vectors; save gray values, or every colour as a channel of its own: CASE_0000, "
+            "CASE_0001, ..."
+        )
+
+
 def count_not_finite(file: Path) -> int:
     """Voxels of an unpacked file that are NaN or infinite; 0 where it is no NIfTI file.
 

@@ -11,7 +11,7 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.copies import Copies, Fingerprint, find_copies, fingerprint
-from nnunet_ssl.data.nifti import count_not_finite
+from nnunet_ssl.data.nifti import count_not_finite, refuse_colours
 from nnunet_ssl.data.plausibility import Expected, expected_scans, size_doubt, smaller_than_patch, value_doubt
 from nnunet_ssl.data.scans import files_to_compare, unpacked
 from nnunet_ssl.system.pool import run_all
@@ -142,6 +142,8 @@ def check_scan(case: str, files: Sequence[Path], expected: Expected) -> Findings
     for file in files:
         try:
             with unpacked(file, expected.ending) as path:
+                if expected.ending in (".nii", ".nii.gz"):
+                    refuse_colours(path)
                 image, properties = expected.reader().read_images([str(path)])
                 lost = count_not_finite(path) if expected.ending in (".nii", ".nii.gz") else 0
         except Exception as error:  # a damaged file makes readers raise anything
@@ -210,7 +212,7 @@ def file_errors(case: str, files: Sequence[Path], number: int, read: int, expect
     if missing:
         return [f"{case}: {', '.join(missing)} missing"]
     if read == len(files) and number != len(channels):
-        return [f"{case}: {number} channels, but dataset.json has {len(channels)} ({', '.join(channels)})"]
+        return [f"{case}: {counted(number, 'channel')}, but dataset.json has {len(channels)} ({', '.join(channels)})"]
     return []
 
 

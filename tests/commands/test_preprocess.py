@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -221,6 +222,19 @@ def test_an_unsound_image_is_refused(folder, images, change, reason):
     with pytest.raises(ValueError, match="Problems in") as error:
         preprocess(images=images)
     assert f"unlabeled_000_0001.nii.gz: {reason}" in str(error.value)
+    assert not target_of(folder).exists()
+
+
+@pytest.mark.parametrize("as_records", [False, True], ids=["vectors", "RGB24"])
+def test_an_rgb_nifti_is_told_what_it_is(as_records, folder, images):
+    file, colours = images / "unlabeled_000_0001.nii.gz", np.zeros((4, 5, 6, 3), np.uint8)
+    if as_records:
+        records = colours.view([(name, "u1") for name in "RGB"])[..., 0]
+        nibabel.save(nibabel.Nifti1Image(records, np.eye(4)), file)
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(file))
+    with pytest.raises(ValueError, match=r"unlabeled_000_0001\.nii\.gz: cannot be read \(its voxels are colours"):
+        preprocess(images=images)
     assert not target_of(folder).exists()
 
 

@@ -593,7 +593,7 @@ def test_cases_of_the_fold_that_are_not_preprocessed_are_named(preprocessed):
 
 
 def test_cases_of_a_fold_without_preprocessed_folder_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"1 unlabeled cases.*: a"):
+    with pytest.raises(FileNotFoundError, match=r"1 unlabeled case of the fold is not in .*: a"):
         find_unlabeled(tmp_path, "plans", ["a"])
 
 
