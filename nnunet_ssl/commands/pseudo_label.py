@@ -48,21 +48,19 @@ def pseudo_label(
 
     This is what nnU-Net's maintainers recommend where most scans have no labels, and so the baseline of every
     semi-supervised method. Images and true labels stay where they are: dataset.json refers to them, relative to the
-    new folder; a DICOM series is converted into a file there. The entry "pseudo_labels" says which cases a model has
-    labeled, and which model. The plans and a split with the folds' validation cases, whose labels are true, go to
-    nnUNet_preprocessed. Nothing of the new dataset exists until all scans are labeled. A run that was interrupted goes
-    on where it stopped: labels of the same models are kept, except where the scan is newer.
-
-    Several models label with the mean of their probabilities; disagreement.csv says how much they differ on each scan.
+    new folder; a DICOM series is converted into a file there. "pseudo_labels" in dataset.json says which cases have
+    been labeled, and by what. Plans and a split with the folds' validation cases go to nnUNet_preprocessed. Nothing of
+    the new dataset exists until all scans are labeled. A run that was interrupted goes on where it stopped: labels of
+    the same models are kept, except where the scan is newer. Several models label with the mean of their probabilities;
+    disagreement.csv says how much they differ on each scan.
 
     Args:
         dataset: id or name of the source dataset.
         configuration: of the trained models.
-        folds: of the trained models, numbers or "all"; their labeled cases become those of the new dataset.
+        folds: of the models, numbers or "all"; their labeled cases become those of the new dataset.
         output_id: id of the new dataset.
-        trainers: of the trained models, any of nnU-Net's or ours; all of the folds of each are used.
-        plans_identifier: of the trained models.
-        checkpoint: file name in the folders of the folds.
+        trainers: of the models, any of nnU-Net's or ours; all of the folds of each are used.
+        plans_identifier: of the models, as `checkpoint`, a file name in the folders of the folds.
         device: "cuda", "cpu" or "mps".
         num_processes: for preprocessing, and as many for export; with 1 this process does the export.
         mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
@@ -75,56 +73,61 @@ def pseudo_label(
         Folder of the new dataset in nnUNet_raw.
 
     Raises:
-        FileNotFoundError: no dataset, no trained model or no unlabeled scans; the message has the fix.
-        FileExistsError: the id is taken.
-        ValueError: no such fold, folds that hide different labels, models with other plans, or too few of them to
-            disagree; unsound scans, as in `preprocess_unlabeled`.
+        FileNotFoundError: no dataset, model or unlabeled scans; FileExistsError: the id is taken.
+        ValueError: no such fold, folds that hide different labels, models with other plans, unsound scans.
         RuntimeError: another run labels the same scans.
         NotImplementedError: a cascade.
     """
     name = str(maybe_convert_to_dataset_name(dataset))
     raw, preprocessed = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
-    plans = load_plans(preprocessed, plans_identifier, [configuration])
-    if plans.get_configuration(configuration).previous_stage_name is not None:
-        raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
+    plans = plans_without_cascade(preprocessed, plans_identifier, configuration)
     require_free_id(output_id)
-    origin = {"dataset": name, "trainer": alone(trainers), "plans": plans_identifier, "configuration": configuration}
-    origin |= {"fold": alone(folds), "checkpoint": checkpoint} | ({"also": list(map(str, also))} if also else {})
-    origin |= {"uncertain": uncertain} if uncertain != "keep" else {}
     models = trained_models(name, configuration, folds, trainers, plans_identifier, checkpoint, also)
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
     entries = sort_folds(name, folds, cases, dataset_json)
-    scans = entries[0][2]
-    require_enough(models, scans, uncertain, drop_worst)
-    ignore_label = None
-    if uncertain == "ignore":
-        dataset_json, ignore_label = with_ignore_label(dataset_json)
-    for model in models:
-        read_checkpoint(model.file)  # it is used after all scans are checked
+    require_enough(models, scans := entries[0][2], uncertain, drop_worst)
+    dataset_json, ignore_label = with_ignore_label(dataset_json) if uncertain == "ignore" else (dataset_json, None)
+    origin = {"dataset": name, "trainer": alone(trainers), "plans": plans_identifier, "configuration": configuration}
+    origin |= {"fold": alone(folds), "checkpoint": checkpoint, "also": list(map(str, also)), "uncertain": uncertain}
+    record = json.dumps(origin | {"mirroring": mirroring, "files": states_of(models)})
     num_processes, ending = max(1, num_processes), dataset_json["file_ending"]
-    states = [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
-    record = json.dumps(origin | {"mirroring": mirroring, "files": states})
 
     folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
-    # nnU-Net does not see a hidden folder as a dataset; the same depth keeps relative paths right
-    unfinished = folder.with_name(f".{folder.name}.tmp")
+    unfinished = hidden(folder)
     with locked(folder.with_name(f".{folder.name}.lock"), f"labeling scans for {folder}"):
         kept = finished_labels(unfinished, record, scans, ending)
-        left = {case: files for case, files in scans.items() if case not in kept}
+        left = scans.keys() - kept
         unlabeled = {case: list(map(Path, files)) for case, files in scans.items() if case not in cases}
         refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, accept)
         start_or_resume(unfinished, record, kept, len(scans), ending)
         scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
-        if left:
-            remaining = {case: scans[case] for case in left}
+        if remaining := {case: files for case, files in scans.items() if case in left}:
             predict(remaining, unfinished, models, device, num_processes, mirroring, ignore_label)
         scans = without_worst(scans, unfinished, drop_worst)
-        own = described(cases, entries, scans, unfinished, dataset_json, origin)
-        splits = [{"train": sorted([*train, *scans]), "val": sorted(val)} for train, val, _ in entries if val]
-        publish(unfinished, folder, dataset_json | own, splits)
+        publish(unfinished, folder, cases, entries, scans, dataset_json, origin)
     move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)  # only labels shall differ
     return folder
+
+
+def plans_without_cascade(preprocessed: Path, identifier: str, configuration: str) -> PlansManager:
+    """The plans; raises NotImplementedError where the configuration is a cascade."""
+    plans = load_plans(preprocessed, identifier, [configuration])
+    if plans.get_configuration(configuration).previous_stage_name is not None:
+        raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
+    return plans
+
+
+def states_of(models: Sequence[Model]) -> list[tuple[int, int]]:
+    """Size and time of change of the models' files, all of which are read once: they are used after all checks."""
+    for model in models:
+        read_checkpoint(model.file)
+    return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
+
+
+def hidden(folder: Path) -> Path:
+    """Where a new raw dataset is made: nnU-Net does not see it there, and relative paths stay right."""
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def alone(values: Sequence) -> object:
@@ -241,37 +244,33 @@ def refuse_unsound(
     report.require_sound("Nothing was labeled", raw / "imagesUn")
 
 
-def described(
-    cases: dict, entries: list, scans: dict[str, list[str]], unfinished: Path, dataset_json: dict, origin: dict
-) -> dict:
-    """The entries of dataset.json that tell which cases the new dataset has, and where their labels are from.
-
-    Args:
-        cases: of the source dataset, with images and label.
-        entries: per fold its labeled and its validation cases.
-        scans: that have new labels.
-        unfinished: the hidden folder.
-        dataset_json: of the source dataset.
-        origin: of the new labels.
-    """
-    true = sorted({case for train, val, _ in entries for case in (*train, *val)})
-    table = dataset_entries(unfinished, {case: cases[case] for case in true}, scans, dataset_json["file_ending"])
-    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
-    name = unfinished.name.removeprefix(".").removesuffix(".tmp")
-    return {"name": name, "numTraining": len(table), "dataset": table, "pseudo_labels": provenance}
-
-
-def publish(unfinished: Path, folder: Path, dataset_json: dict, splits: list[dict[str, list[str]]]) -> None:
+def publish(
+    unfinished: Path,
+    folder: Path,
+    cases: dict,
+    entries: list,
+    scans: dict[str, list[str]],
+    dataset_json: dict,
+    origin: dict,
+) -> None:
     """Makes the hidden folder, in which all labels are, a dataset of nnU-Net; the raw dataset appears in one step.
 
     Args:
         unfinished: the hidden folder.
         folder: what it becomes; one of the same name is made in nnUNet_preprocessed.
-        dataset_json: of the new dataset.
-        splits: its folds; none where nnU-Net shall train on all cases.
+        cases: of the source dataset, with images and label.
+        entries: per fold its labeled and its validation cases; without the latter nnU-Net shall train on all cases.
+        scans: that have new labels.
+        dataset_json: of the source dataset.
+        origin: of the new labels.
     """
     preprocessed = Path(paths.nnUNet_preprocessed) / folder.name
-    (unfinished / "dataset.json").write_text(json.dumps(dataset_json, indent=1))
+    true = sorted({case for train, val, _ in entries for case in (*train, *val)})
+    table = dataset_entries(unfinished, {case: cases[case] for case in true}, scans, dataset_json["file_ending"])
+    provenance = {"cases": sorted(scans), **origin, "nnunet-ssl": metadata.version("nnunet-ssl")}
+    own = {"name": folder.name, "numTraining": len(table), "dataset": table, "pseudo_labels": provenance}
+    (unfinished / "dataset.json").write_text(json.dumps(dataset_json | own, indent=1))
+    splits = [{"train": sorted([*train, *scans]), "val": sorted(val)} for train, val, _ in entries if val]
     if splits:
         save_splits(preprocessed / "splits_final.json", splits)
     for temporary in (SCRATCH, DISAGREEMENT):
