@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.training.health import Health
@@ -142,7 +143,8 @@ def test_every_epoch_has_its_row(trainer_class, tiny_dataset):
     trainer.run_training()
     rows = read(trainer)
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    assert {"pseudo_foreground", "labeled_foreground", "agreement", "feature_distance"} <= rows[0].keys()
+    assert {"pseudo_foreground", "labeled_foreground", "feature_distance"} <= rows[0].keys()
+    assert ("agreement" in rows[0]) == (len(trainer.segmenting_networks()) > 1)
     if trainer_class.rampup > 0:
         done = [2 * epoch / (trainer_class.rampup * 6) for epoch in (1, 2, 3)]  # of the ramp-up, 2 steps an epoch
         expected = [math.exp(-5 * (1 - min(part, 1)) ** 2) for part in done]
@@ -194,12 +196,13 @@ def test_every_network_has_its_dice_on_validation_batches(trainer_class, tiny_da
     seed()
     trainer = make_trainer(trainer_class, tiny_dataset, num_val_iterations_per_epoch=3)
     trainer.run_training()
-    names = ["student", *vars(trainer.companions)]
-    rows = read(trainer)
+    names, rows = ["student", *vars(trainer.companions)], read(trainer)
+    if len(names) == 1:  # nothing to compare: the Dice is in nnU-Net's log
+        names = []
     assert [name for name in rows[0] if name.startswith("dice_")] == [f"dice_{name}" for name in names]
-    deployed = [float(row["dice_student"]) for row in rows]
     assert trainer.inference_network() is trainer.network
-    assert deployed == pytest.approx(trainer.logger.get_value("mean_fg_dice", step=None))
+    for row, dice in zip(rows if names else [], trainer.logger.get_value("mean_fg_dice", step=None), strict=False):
+        assert float(row["dice_student"]) == pytest.approx(dice)
     assert len({rows[-1][f"dice_{name}"] for name in names}) == len(names)
 
 
@@ -273,4 +276,5 @@ def test_teachers_may_lag_behind_in_the_first_tenth_of_the_method(
 def test_pseudo_labels_are_the_teachers_where_there_is_one(trainer_class, tiny_dataset):
     trainer = started(trainer_class, tiny_dataset)
     name = pseudo_labeler(trainer.segmenting_networks())
-    assert name == ("student_2" if trainer_class is nnUNetTrainerCPS else "teacher")
+    others = {nnUNetTrainerCPS: "student_2", nnUNetTrainerFixMatch: "student"}
+    assert name == others.get(trainer_class, "teacher")
