@@ -9,7 +9,7 @@ is atomic on NFS since version 3, on SMB and on Lustre.
 
 import json
 import os
-import socket
+import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def identity() -> dict[str, str | int | None]:
     """This process, in words that no other one has, before or after it, here or on another computer."""
     namespace = Path("/proc/self/ns/pid")  # process ids of two containers of one name do not mean the same
     return {
-        "host": socket.gethostname(),
+        "host": platform.node(),
         "namespace": namespace.stat().st_ino if namespace.exists() else None,
         "pid": os.getpid(),
         "start": start_of(os.getpid()),
