@@ -3,8 +3,9 @@
     python benchmarks/preprocessing.py -d 501 -c 3d_fullres -n 60
 
 nnU-Net is given the scans without labels as well (its preprocessor's run_case_save, one after the other), so that both
-do the same work; ours also reads every scan once more, to check it. One process each, in turns of 30 scans, in which
-either goes first every second time. Afterwards the command is killed several times and must end with the same voxels.
+do the same work; ours also reads every scan once more, to check it, and compares it with the scans of imagesTr that are
+left. One process each, in turns of 30 scans, in which either goes first every second time. Afterwards the command is
+killed several times and must end with the same voxels.
 """
 
 import argparse
@@ -43,12 +44,17 @@ def main() -> None:
     plans = PlansManager(str(base / f"{args.plans}.json"))
     configuration = plans.get_configuration(args.configuration)
     dataset_json = json.loads((base / "dataset.json").read_text())
-    files = sorted((Path(nnUNet_raw) / name / "imagesTr").iterdir())[: args.number]
+    everything = sorted((Path(nnUNet_raw) / name / "imagesTr").iterdir())
+    files = everything[: args.number]
     seconds = {"nnU-Net": 0.0, "nnunet-ssl": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         # the dataset's own folder of unlabeled cases is left alone
         os.environ["nnUNet_preprocessed"] = str(scratch / "preprocessed")
+        # the labeled scans are the others, and the scans are compared with them
+        os.environ["nnUNet_raw"] = str(scratch / "raw")
+        (scratch / "raw" / name).mkdir(parents=True)
+        link(everything[args.number :], scratch / "raw" / name / "imagesTr")
         target = scratch / "preprocessed" / name
         target.mkdir(parents=True)
         for file in (f"{args.plans}.json", "dataset.json"):

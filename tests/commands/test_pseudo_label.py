@@ -170,7 +170,7 @@ def test_scans_are_compared_and_let_through_by_name(model, network):
         )
         refused(ValueError, words, output_id=984)
         refused(ValueError, "--accept nobody: no such case in", output_id=984, accept=["nobody"])
-        network.limit = 0
+        network.allowed = 0
         with pytest.raises(KeyboardInterrupt):  # the network is asked for labels
             pseudo_label("701", "3d_fullres", [0], 984, device="cpu", num_processes=1, accept=["copied"])
     finally:
