@@ -3,8 +3,8 @@
 import json
 import multiprocessing
 import os
-import signal
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -54,9 +54,7 @@ def test_the_lock_is_a_file_for_the_time_of_the_block(file):
 
 def test_the_second_run_is_refused_and_told_who_the_first_is(file, holder):
     noted = file.read_bytes()
-    words = (
-        rf"Process {holder.pid} on {platform.node()} has been training in FOLDER since \d{{4}}-\d\d-\d\d .*:\d\d"
-    )
+    words = rf"Process {holder.pid} on {platform.node()} has been training in FOLDER since \d{{4}}-\d\d-\d\d .*:\d\d"
     with pytest.raises(RuntimeError, match=words), locked(file, "training in FOLDER"):
         pytest.fail("two at once")
     assert file.read_bytes() == noted
