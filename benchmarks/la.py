@@ -35,7 +35,7 @@ os.environ.setdefault("nnUNet_compile", "0")
 import numpy as np
 import SimpleITK as sitk
 import torch
-from methods import literal, use_channels_last
+from methods import literal, use_bf16, use_channels_last
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
@@ -110,20 +110,6 @@ def train(args, dataset: str, configuration: str, trainer_name: str, fold: int) 
 
 def model_folder(args, dataset: str, configuration: str, trainer: str) -> Path:
     return Path(nnUNet_results) / dataset / f"{model_name(args, trainer)}__nnUNetPlans__{configuration}"
-
-
-def use_bf16(trainer) -> None:
-    """Trains in bfloat16 autocast on a CPU (half the time), as nnU-Net trains in float16 on CUDA; losses in float32."""
-    initialize, step = trainer.initialize, trainer.train_step
-
-    def initialize_with_float_logits():
-        initialize()
-        for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
-            for layer in network.decoder.seg_layers:
-                layer.register_forward_hook(lambda module, inputs, output: output.float())
-
-    trainer.initialize = initialize_with_float_logits
-    trainer.train_step = torch.autocast("cpu", torch.bfloat16)(step)
 
 
 def checkpoints(folder: Path) -> dict[str, str]:
