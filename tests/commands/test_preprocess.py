@@ -365,6 +365,20 @@ def test_several_channels_in_one_file_are_counted_as_such(tmp_path):
     ]
 
 
+def test_color_images_are_bytes_and_may_be_opaque_everywhere(tmp_path):
+    file = tmp_path / "a_0000.mha"
+    expected = Expected(("R", "A"), ".mha", SimpleITKIO, ("RGBTo01Normalization",) * 2)
+    image = np.zeros((2, 2, 5, 6), np.float32)
+    image[0, 0], image[1] = 9, 255  # the last channel is constant
+    tiny.write_image(file, image, spacing=(1, 1, 1, 1))
+    findings = check_scan("a", [file], expected)
+    assert findings.errors + findings.doubts == []
+    image[0, 0, 0, 0] = 256
+    tiny.write_image(file, image, spacing=(1, 1, 1, 1))
+    refusal = "a_0000.mha: values outside of 0 to 255, which nnU-Net refuses in color images"
+    assert check_scan("a", [file], expected).errors == [refusal]
+
+
 @pytest.mark.parametrize(
     "stuff", [{"original_affine": 1, "reoriented_affine": 2}, {"original_orientation": "LPS", "reoriented_affine": 2}]
 )
