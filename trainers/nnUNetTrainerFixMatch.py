@@ -3,7 +3,7 @@
 The plain method that others have to beat: hard labels of the student's own weak view, without a teacher. Differs from
 the papers on purpose: every pseudo label counts, without a threshold on its confidence; the loss is nnU-Net's, cross
 entropy and Dice; the strong view is nnU-Net's intensity augmentation, and a box of it is another unlabeled patch
-(CutMix) in every sample.
+(CutMix) in every sample of a batch of two or more.
 """
 
 import torch
@@ -25,6 +25,7 @@ class nnUNetTrainerFixMatch(SemiSupervisedTrainer):
         yield {"supervised": self.loss(self.network(batch.image), batch.target)}
         with torch.no_grad():
             pseudo = self.hard_labels(logits(self.network, batch.unlabeled_weak))
+        torch.clear_autocast_cache()  # older versions of torch would go on with weights that were cast without gradient
         mask = box_mask(len(pseudo), pseudo.shape[2:], side=self.box_side, device=pseudo.device)
         image = mix(batch.unlabeled, batch.unlabeled.roll(1, 0), mask)
         target = mix(pseudo, pseudo.roll(1, 0), mask)

@@ -126,6 +126,7 @@ def folds_of_others(model: Path, others: Sequence[Path], checkpoint: str) -> lis
         same = other.resolve().name.split("__")[1:] == model.name.split("__")[1:]  # trainer, plans, configuration
         if not same or read_json(other / "plans.json") != read_json(model / "plans.json"):
             raise ValueError(f"{other} has other plans than {model}. Only models with the same plans can be joined.")
+        require_exportable(other.resolve().name.split("__")[0])
         found += [other / folder for folder in folders]
     return found
 

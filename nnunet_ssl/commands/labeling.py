@@ -84,7 +84,7 @@ def predict(
                     export(*job)
                     continue
                 exports.append(pool.submit(export, *job))
-                while len(exports) > num_processes + 2:  # more would fill the memory
+                while len(exports) > (num_processes + 2) // len(models):  # more would fill the memory
                     exports.popleft().result()
             while exports:
                 exports.popleft().result()

@@ -25,7 +25,7 @@ from nnunet_ssl.data.splits import read_fold, save_splits
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import worker_pool
-from nnunet_ssl.training.checkpoints import read_checkpoint
+from nnunet_ssl.training.checkpoints import read_checkpoint, require_trained_as
 
 
 def pseudo_label(
@@ -90,7 +90,7 @@ def pseudo_label(
     dataset_json, ignore_label = with_ignore_label(dataset_json) if uncertain == "ignore" else (dataset_json, None)
     origin = {"dataset": name, "trainer": alone(trainers), "plans": plans_identifier, "configuration": configuration}
     origin |= {"fold": alone(folds), "checkpoint": checkpoint, "also": list(map(str, also)), "uncertain": uncertain}
-    record = json.dumps(origin | {"mirroring": mirroring, "files": states_of(models)})
+    record = json.dumps(origin | {"mirroring": mirroring, "files": states_of(models, configuration)})
     num_processes, ending = max(1, num_processes), dataset_json["file_ending"]
 
     folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
@@ -118,10 +118,10 @@ def plans_without_cascade(preprocessed: Path, identifier: str, configuration: st
     return plans
 
 
-def states_of(models: Sequence[Model]) -> list[tuple[int, int]]:
+def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, int]]:
     """Size and time of change of the models' files, all of which are read once: they are used after all checks."""
     for model in models:
-        read_checkpoint(model.file)
+        require_trained_as(model.file, read_checkpoint(model.file), configuration, model.fold)
     return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
 
 
@@ -170,7 +170,9 @@ def require_free_id(number: int) -> None:
     """Raises ValueError where a number is no id of a dataset, FileExistsError where a dataset has it."""
     if not 0 < number < 1000:
         raise ValueError(f"The id of a dataset has three digits: -o 1 to 999, not {number}.")
-    datasets = sorted(find_candidate_datasets(number))
+    begun = Path(paths.nnUNet_raw)
+    # a run that was interrupted in its last moments has left a folder in nnUNet_preprocessed, and goes on
+    datasets = sorted(d for d in find_candidate_datasets(number) if not (hidden(begun / d) / RECORD).is_file())
     if datasets:
         raise FileExistsError(f"Dataset {number} exists already: {', '.join(datasets)}. Choose another -o.")
 
@@ -275,8 +277,8 @@ def publish(
         save_splits(preprocessed / "splits_final.json", splits)
     for temporary in (SCRATCH, DISAGREEMENT):
         shutil.rmtree(unfinished / temporary, ignore_errors=True)
-    (unfinished / RECORD).unlink()
     os.replace(unfinished, folder)
+    (folder / RECORD).unlink()  # last: without it, an interrupted run would begin anew
     preprocessed.mkdir(exist_ok=True)
     shutil.copy2(folder / "dataset.json", preprocessed)
 

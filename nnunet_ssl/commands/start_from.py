@@ -1,5 +1,6 @@
 """An existing supervised model in place of a training's supervised phase."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.trainer import SemiSupervisedTrainer
-from nnunet_ssl.training.checkpoints import CHECKPOINTS, mismatched_networks, read_checkpoint
+from nnunet_ssl.training.checkpoints import CHECKPOINTS, mismatched_networks, read_checkpoint, require_trained_as
+from nnunet_ssl.training.preflight import only_training
 
 # of dataset.json and of a configuration: where they differ, a network's input or output means something else
 DATASET_KEYS = ("labels", "channel_names", "regions_class_order")
@@ -61,16 +63,38 @@ def start_from(
     file = folder / f"fold_{fold}" / checkpoint
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. --model is a trainer, or the folder of a model with this fold.")
-    existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
-    if file in existing:
-        raise ValueError(f"{file} is the training itself. Give another --model.")
-    if existing and not overwrite:
-        raise FileExistsError(f"{target} has a training already. Pass --overwrite to start it anew.")
+    if file.resolve().parent == target.resolve():
+        raise ValueError(f"{file} is of the training itself. Give another --model.")
     state = read_checkpoint(file)
+    require_trained_as(file, state, configuration=state["init_args"]["configuration"], fold=fold)
     preprocessed = Path(paths.nnUNet_preprocessed) / name
     require_same(file, state["init_args"], configuration, preprocessed, plans_identifier)
     require_same_cases(file, fold, preprocessed, state["init_args"]["plans"]["dataset_name"])
+    target.mkdir(parents=True, exist_ok=True)
+    with only_training(str(target), 0):
+        existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
+        if existing and not overwrite:
+            raise FileExistsError(f"{target} has a training already. Pass --overwrite to start it anew.")
+        trainer = boundary(file, state, (name, configuration, fold, trainer_name, plans_identifier))
+        written = target / "checkpoint_latest.pth"
+        trainer.save_checkpoint(str(written))
+        for other in existing:
+            if other != written:
+                other.unlink()
+    return written
 
+
+def boundary(file: Path, state: dict, training: tuple) -> SemiSupervisedTrainer:
+    """The trainer of a training whose supervised phase has just ended with the weights of a checkpoint.
+
+    Args:
+        file: of the checkpoint, for messages.
+        state: the checkpoint.
+        training: dataset, configuration, fold, trainer and plans, as nnU-Net's command takes them.
+
+    Raises: ValueError where the trainer is none of ours, or has another network.
+    """
+    name, configuration, fold, trainer_name, plans_identifier = training
     # nothing is computed, a CPU is enough
     device = torch.device("cpu")
     trainer = get_trainer_from_args(name, configuration, fold, trainer_name, plans_identifier, device=device)
@@ -85,12 +109,7 @@ def start_from(
     trainer.current_epoch = phase - 1  # the last one that is done
     trainer.inference_allowed_mirroring_axes = state["inference_allowed_mirroring_axes"]
     trainer.logger.load_checkpoint(last_epochs(state["logging"], phase))
-    written = target / "checkpoint_latest.pth"
-    trainer.save_checkpoint(str(written))
-    for other in existing:
-        if other != written:
-            other.unlink()
-    return written
+    return trainer
 
 
 def last_epochs(logging: dict[str, list], number: int) -> dict[str, list]:
@@ -118,8 +137,8 @@ def require_same(file: Path, made: dict, configuration: str, preprocessed: Path,
     pairs.append((made["plans"].get(INTENSITIES), plans.get(INTENSITIES), INTENSITIES))
     pairs += [(theirs.get(key), ours.get(key), key) for key in PLANS_KEYS]
     for other, own, key in pairs:
-        if other is not None and own is not None and other != own:
-            raise ValueError(
+        if other is not None and own is not None and json.dumps(other) != json.dumps(own):
+            raise ValueError(  # compared as text: statistics can be NaN, which differs from itself
                 f"{file} was trained with another {key} than that of {preprocessed.name}, {plans_identifier}, "
                 f"{configuration}: {shortened(other)}, not {shortened(own)}. Give a model with the same plans."
             )

@@ -100,8 +100,8 @@ def is_gone(holder: dict, file: Path) -> bool:
             return requeued or time.time() - file.stat().st_mtime > LOST
         except FileNotFoundError:
             return True
-    if os.name == "nt":
-        return False  # there, what asks for a process here would end it
+    if os.name == "nt":  # there, what asks for a process here would end it
+        return time.time() - file.stat().st_mtime > LOST
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
@@ -166,3 +166,5 @@ def show_life(file: Path, ended: threading.Event) -> None:
             os.utime(file)
         except FileNotFoundError:  # removed by hand; what holds it goes on
             return
+        except OSError:  # a network drive that is away for a moment
+            continue

@@ -167,6 +167,19 @@ def read_checkpoint(file: Path) -> dict:
     raise ValueError(f"{file} is cut off or damaged ({problem}). Restore a backup, or train again.")
 
 
+def require_trained_as(file: Path, checkpoint: dict, configuration: str, fold: int | str) -> None:
+    """Raises ValueError where a checkpoint is of another configuration or fold than its folder says.
+
+    `nnunet-ssl export` gives folds new numbers, and people copy folders: which labels a model has seen would be wrong.
+    """
+    made = checkpoint["init_args"]
+    if (made["configuration"], str(made["fold"])) != (configuration, str(fold)):
+        raise ValueError(
+            f"{file} was trained as fold {made['fold']} of {made['configuration']}, not as fold {fold} of "
+            f"{configuration}. Give a model of this fold and configuration."
+        )
+
+
 def read_newest(file: Path, continued: bool, log: Callable[[str], object]) -> tuple[Path, dict]:
     """The checkpoint, or, where it is damaged and a training is continued, the next one that --c would take.
 

@@ -175,6 +175,19 @@ def test_what_several_models_cannot_do_is_refused(options, message, models, tmp_
     assert not list(Path(paths.nnUNet_raw).glob("*984*"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("configuration", "2d"), ("fold", 1)])
+def test_a_model_of_another_configuration_or_fold_is_refused(key, value, models, tmp_path, capsys):
+    other = tmp_path / models[1].name
+    shutil.copytree(models[1], other)
+    file = other / "fold_0/checkpoint_final.pth"
+    state = torch.load(file, weights_only=False)
+    state["init_args"][key] = value
+    torch.save(state, file)
+    assert main([*COMMAND, "--also", str(other)]) == 1
+    assert f"{file} was trained as fold" in capsys.readouterr().err
+    assert not list(Path(paths.nnUNet_raw).glob("*984*"))
+
+
 def test_folds_that_hide_different_labels_are_refused(models, tiny_dataset, capsys):
     file = tiny_dataset / "splits_final.json"
     before = file.read_text(encoding="utf-8")

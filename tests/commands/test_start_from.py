@@ -16,6 +16,7 @@ from nnunet_ssl.cli import main
 from nnunet_ssl.commands.start_from import last_epochs
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.training.preflight import only_training
 
 OURS = "nnUNetTrainerM3HL_4epochs"
 ARGUMENTS = ["start-from", "-d", "701", "-c", "3d_fullres", "-f", "0", "-tr", OURS]
@@ -152,7 +153,12 @@ def other_weights(state):
     state["network_weights"][name] = state["network_weights"][name][:1]
 
 
+def other_fold(state):
+    state["init_args"]["fold"] = 2  # as `export` leaves it, when it makes several networks folds 0, 1, ...
+
+
 REFUSED = {
+    "fold": (other_fold, "was trained as fold 2 of 3d_fullres, not as fold 0 of 3d_fullres"),
     "labels": (other_labels, "was trained with another labels than that of Dataset701_Tiny"),
     "channels": (other_channels, "was trained with another channel_names than"),
     "spacing": (other_spacing, "was trained with another spacing than"),
@@ -192,6 +198,24 @@ def test_a_model_of_other_cases_is_refused(results, tiny_dataset, capsys):
         assert "its training cases are not known" in capsys.readouterr().err
     finally:
         shutil.rmtree(other)
+
+
+def test_a_running_training_is_left_alone(results, capsys):
+    fold = model(results, OURS) / "fold_0"
+    fold.mkdir(parents=True)
+    with only_training(str(fold), 0):
+        assert main([*ARGUMENTS, "--model", "nnUNetTrainer", "--overwrite"]) == 1
+    assert f"has been training in {fold}" in capsys.readouterr().err
+    assert not list(fold.glob("checkpoint*"))
+
+
+def test_the_training_itself_is_no_model_by_any_name(results, capsys, monkeypatch):
+    fold = model(results, OURS) / "fold_0"
+    shutil.copytree(model(results) / "fold_0", fold)
+    monkeypatch.chdir(fold.parent)
+    assert main([*ARGUMENTS, "--model", ".", "--overwrite"]) == 1
+    assert "is of the training itself" in capsys.readouterr().err
+    assert (fold / "checkpoint_final.pth").is_file()
 
 
 def test_a_missing_model_and_a_trainer_of_nnunet_are_named(results, capsys):
