@@ -6,6 +6,7 @@ import math
 
 import matplotlib
 import pytest
+from matplotlib import style
 from matplotlib.text import Text
 
 from nnunet_ssl.training import history as module
@@ -102,8 +103,9 @@ def test_a_panel_without_a_number_is_left_out():
 
 def test_legends_are_beside_the_axes_and_inside_the_picture():
     columns = {"epoch": (0.0, 1.0), **{f"a_term_with_a_long_name_{i}": (1.0, 0.5) for i in range(3)}}
-    figure = draw(columns | dict.fromkeys(NAMES, (0.5, 0.6)), "student 2", 1)
-    figure.savefig(io.BytesIO())  # places everything
+    with style.context("default"):  # as when a training draws: nnU-Net's progress.png leaves huge fonts behind
+        figure = draw(columns | dict.fromkeys(NAMES, (0.5, 0.6)), "student 2", 1)
+        figure.savefig(io.BytesIO())  # places everything
     for axis in figure.axes:
         frame, legend = axis.get_window_extent(), axis.get_legend().get_window_extent()
         assert legend.x0 >= frame.x1
