@@ -48,9 +48,13 @@ def test_the_first_commands_of_the_readme_train_and_predict(environment, tmp_pat
         # the dataset, a training of two short epochs, and the folders are the reader's own
         line = re.sub(r"\b501\b", "796", line).replace("nnUNetTrainerM3HL", "nnUNetTrainerShort")
         line = line.replace("-i IN -o OUT", f"-i '{raw / 'imagesTs'}' -o '{tmp_path / 'predicted'}'")
+        # one process each: those that nnU-Net starts by default take minutes on a small computer
+        line = line.replace(" && ", " -npfp 1 -np 1 && ") + (" -np 1" if "preprocess" in line else "")
         cpu = {"nnUNetv2_train": " -device cpu", "nnUNetv2_predict": " -device cpu -npp 0 -nps 0 --disable_tta"}
         line += cpu.get(line.split()[0], "")
-        done = subprocess.run(line, shell=True, env=environment, capture_output=True, encoding="utf-8", timeout=400)
+        workers = {"nnUNet_n_proc_DA": "0"} if "nnUNetv2_train" in line else {}  # a dozen of them take minutes to start
+        given = environment | workers
+        done = subprocess.run(line, shell=True, env=given, capture_output=True, encoding="utf-8", timeout=400)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     model = Path(nnUNet_results) / "Dataset796_Newcomer/nnUNetTrainerShort__nnUNetPlans__3d_fullres/fold_0"
     assert (model / "checkpoint_final.pth").is_file()
