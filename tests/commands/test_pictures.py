@@ -1,10 +1,17 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from matplotlib import colors, image
+from matplotlib import colors, image, style
 
 from nnunet_ssl.commands import demo, pictures
 from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, compare_cases, compare_segmentations
+
+
+@pytest.fixture(autouse=True)
+def fonts():
+    """Those of a new process: nnU-Net's progress.png, drawn by another test, leaves huge ones behind."""
+    with style.context("default"):
+        yield
 
 
 def write(array, file):
