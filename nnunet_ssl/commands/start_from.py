@@ -145,6 +145,7 @@ def require_same(file: Path, made: dict, configuration: str, preprocessed: Path,
 
 
 def shortened(value: object, limit: int = 80) -> str:
+    """A value as text, cut off after so many characters."""
     text = str(value)
     return text if len(text) <= limit else f"{text[:limit]} ..."
 

@@ -61,6 +61,7 @@ def fingerprint_of(shape: Iterable[int], parts: Iterable[np.ndarray]) -> Fingerp
 
 
 def without_ones(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape without its axes of one voxel, which some formats leave out."""
     return tuple(int(size) for size in shape if size != 1)
 
 

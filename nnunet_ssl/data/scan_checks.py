@@ -191,6 +191,7 @@ def check_voxels(name: str, image: np.ndarray, number: int, lost: int, expected:
 
 
 def in_bytes(channel: np.ndarray) -> bool:
+    """Whether all values lie in 0 to 255."""
     return bool(channel.min() >= 0 and channel.max() <= 255)
 
 
