@@ -397,7 +397,7 @@ def _doctor(options) -> int:
 
 def _add_demo(commands) -> None:
     parser = _command(
-        commands, "demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3 on a small synthetic dataset and compare."
+        commands, "demo", _demo, "Train nnUNetTrainer and nnUNetTrainerM3HL on a small synthetic dataset and compare."
     )
     parser.add_argument("-o", dest="output", type=Path, default=Path("nnunet_ssl_demo"), help="folder for everything")
 

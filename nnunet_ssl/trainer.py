@@ -14,7 +14,7 @@ from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.blocks import pseudo_labels
-from nnunet_ssl.blocks.networks import broadcast, has_batch_norm, set_deep_supervision, unwrap
+from nnunet_ssl.blocks.networks import broadcast, compile_in_place, has_batch_norm, set_deep_supervision, unwrap
 from nnunet_ssl.blocks.schedules import sigmoid_rampup, whole_epochs
 from nnunet_ssl.data.loading import Batch, make_loaders, to_device
 from nnunet_ssl.system.attributes import replaced
@@ -22,7 +22,7 @@ from nnunet_ssl.system.nnunet_version import require_nnunet
 from nnunet_ssl.training import checkpoints, preflight
 from nnunet_ssl.training.health import Health
 from nnunet_ssl.training.history import History, time_left
-from nnunet_ssl.training.loaders import make_repeatable, start_loaders, stop_loaders
+from nnunet_ssl.training.loaders import KeptItems, make_repeatable, start_loaders, stop_loaders
 from nnunet_ssl.training.observations import dice_by_network, evaluating, observe, pseudo_labeler
 from nnunet_ssl.training.optimizer import LaterScheduler, update_weights
 from nnunet_ssl.training.random_state import seed_from_environment, set_random_state
@@ -73,6 +73,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def inference_network(self) -> nn.Module:
         """The network that is validated and saved as `network_weights`."""
         return self.network
+
+    def same_patches(self) -> bool:
+        """Whether this step learns from those patches of the step before that were left over: nothing is loaded."""
+        return False
 
     # ---- what a method may use: the functions of pseudo_labels.py for this dataset's labels ----
 
@@ -155,10 +159,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         preflight.require_cases(Path(self.preprocessed_dataset_folder), self.plans_manager, self.configuration_name)
         self.supervised_epochs = whole_epochs(self.supervised_part, self.num_epochs)
         self.seed = seed_from_environment(self.local_rank)
-        super().initialize()
+        with replaced(self, "_do_i_compile", lambda: False):  # its wrapper leaves out what methods call: see below
+            super().initialize()
         companions = {name: network.to(self.device) for name, network in self.build_companions().items()}
         self.companions = SimpleNamespace(**companions)
         broadcast(vars(self.companions).values())  # as nnU-Net does with its network
+        if self._do_i_compile():
+            self.loss = self._build_loss()  # with nnU-Net's compiled Dice
+            for network in (self.network, *vars(self.companions).values()):
+                compile_in_place(network)
         self._restart_optimizer()
         self._first_weights = next(unwrap(self.network).parameters()).detach().clone()
 
@@ -212,7 +221,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         sizes = (self.batch_size, initial_patch_size, configuration.patch_size)
         others = None if self.supervised_phase else unlabeled
         loaders = make_loaders(train, val, others, sizes, (transforms, val_transforms), self.weak_view, sampling)
-        return start_loaders(*loaders, self.device, self.num_input_channels, folder / "dataset.json")
+        train, val = start_loaders(*loaders, self.device, self.num_input_channels, folder / "dataset.json")
+        return (train if self.supervised_phase else KeptItems(train, self.same_patches)), val
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         networks = [*vars(self.companions).values()]
@@ -237,7 +247,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.history.begin(self.current_epoch)
         if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
-            set_random_state(self._resume_random_state)
+            set_random_state(self._resume_random_state, self.print_to_log_file)
             self._resume_random_state = None
 
     def run_training(self) -> None:
@@ -334,14 +344,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         deployed = self._deployed()
         networks = {} if self.supervised_phase else self.segmenting_networks()
         compared = len(networks) > 1 and len(self._overlaps.get("student", ())) < COMPARED_BATCHES
-        original = deepcopy(batch["target"]) if compared else None  # nnU-Net overwrites ignored voxels
+        # nnU-Net overwrites ignored voxels in place; a copy of what goes to a GPU would not be pinned
+        overwritten = compared and self.label_manager.has_ignore_label and self.device.type == "cpu"
+        original = deepcopy(batch["target"]) if overwritten else batch["target"]
         with replaced(self, "network", deployed):
             outputs = super().validation_step(batch)
         for name, network in networks.items() if compared else ():
             counts = outputs
             if network is not deployed:
                 with replaced(self, "network", network), evaluating(network):
-                    counts = super().validation_step({**batch, "target": deepcopy(original)})
+                    target = deepcopy(original) if overwritten else original
+                    counts = super().validation_step({**batch, "target": target})
             self._overlaps.setdefault(name, []).append(counts)
         return outputs
 

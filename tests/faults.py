@@ -321,7 +321,8 @@ def kill_a_worker(epoch: int) -> Callable:
 
         def on_epoch_end():
             original()
-            if trainer.current_epoch == epoch and isinstance(trainer.dataloader_train, NonDetMultiThreadedAugmenter):
+            loader = getattr(trainer.dataloader_train, "loader", None)
+            if trainer.current_epoch == epoch and isinstance(loader, NonDetMultiThreadedAugmenter):
                 os.kill(trainer.dataloader_train._processes[0].pid, signal.SIGKILL)
                 trainer.dataloader_train.abort_event.wait(PATIENCE)  # else the batches in store may last to the end
 

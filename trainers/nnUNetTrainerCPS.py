@@ -5,7 +5,7 @@ the SSL4MIS benchmark; its weight lies between that benchmark's (0.1, or 0.2 whe
 the paper's (1.5). The first student is deployed. With -pretrained_weights only the first student starts from them.
 """
 
-from nnunet_ssl.blocks.losses import cross_entropy
+from nnunet_ssl.blocks.losses import cross_entropy, labeled_loss
 from nnunet_ssl.blocks.networks import logits
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -22,8 +22,8 @@ class nnUNetTrainerCPS(SemiSupervisedTrainer):
     def losses(self, batch):
         first, second = self.network, self.companions.student_2
         weight = self.cross_weight * self.ramp
-        yield {"supervised": self.loss(first(batch.image), batch.target)}
-        yield {"supervised_2": self.loss(second(batch.image), batch.target)}
+        yield {"supervised": labeled_loss(self.loss, first(batch.image), batch.target)}
+        yield {"supervised_2": labeled_loss(self.loss, second(batch.image), batch.target)}
         for part in self.half_batches(len(batch.unlabeled)):
             image = batch.unlabeled[part]
             share = weight * len(image) / len(batch.unlabeled)

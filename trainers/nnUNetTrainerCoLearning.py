@@ -18,7 +18,7 @@ Differs from the paper on purpose (it has no public code):
 
 import torch
 
-from nnunet_ssl.blocks.losses import full_resolution, probability_mse, reweighted
+from nnunet_ssl.blocks.losses import full_resolution, labeled_loss, probability_mse, reweighted
 from nnunet_ssl.blocks.mixing import box_mask, mix
 from nnunet_ssl.blocks.networks import (
     frozen_copy,
@@ -76,7 +76,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
 
         for number, student in enumerate(students, start=1):
             output = student(add_noise(first.image, self.noise))
-            yield {f"supervised_{number}": supervised(output, first.target)}  # Eq. 3
+            yield {f"supervised_{number}": labeled_loss(supervised, output, first.target)}  # Eq. 3
             del output
 
         size = len(first.unlabeled)

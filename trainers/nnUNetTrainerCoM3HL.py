@@ -48,7 +48,7 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
         half = (len(batch.image) + 1) // 2
         # nnU-Net puts the patches with foreground last: the halves take turns, and so do samples that are in both
         batch = batch.rolled(self.step * half)
-        mixed = self.step < (1 - self.unmixed) * self.max_steps
+        mixed = not self.is_whole(self.step)
         mask = block_mask(half, batch.image.shape[2:], cells=self.mask_cells, device=batch.image.device)
         mask = mask if mixed else torch.ones_like(mask)
         masks = [torch.cat([mask, ~mask])]
@@ -78,6 +78,14 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
                 terms |= {f"{name}_{number}": share * value for name, value in found.items()}
             yield terms
             del outputs, output, own, peer, found, terms
+
+    def is_whole(self, step):
+        """Whether a step learns from whole patches, not from mixed ones."""
+        return step >= (1 - self.unmixed) * self.max_steps
+
+    def same_patches(self):
+        # a step on whole patches needs half of a batch: the next one takes the other half
+        return self.batch_size > 1 and self.step % 2 == 1 and self.is_whole(self.step - 1)
 
     def terms(self, output, peer, target, mask, rows):
         """nnU-Net's loss on labeled voxels, and with both kinds of labels on unlabeled ones."""

@@ -43,10 +43,15 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         half = (len(batch.image) + 1) // 2
         # nnU-Net puts the patches with foreground last: the halves take turns, and so do samples that are in both
         batch = batch.rolled(self.step * half)
-        if self.step < (1 - self.unmixed) * self.max_steps:
-            yield self.mixed(batch, half)
-        else:
-            yield self.whole(batch, half)
+        yield self.whole(batch, half) if self.is_whole(self.step) else self.mixed(batch, half)
+
+    def is_whole(self, step):
+        """Whether a step learns from whole patches, not from mixed ones."""
+        return step >= (1 - self.unmixed) * self.max_steps
+
+    def same_patches(self):
+        # a step on whole patches needs half of a batch: the next one takes the other half
+        return self.batch_size > 1 and self.step % 2 == 1 and self.is_whole(self.step - 1)
 
     def mixed(self, batch, half):
         """Terms of the paper: half a and half b mixed by masks."""

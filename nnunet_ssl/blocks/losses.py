@@ -40,6 +40,20 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
     return _masked_dice_ce(loss, output, target, mask)
 
 
+def labeled_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
+    """nnU-Net's loss on labeled patches, for methods that need it more than once in a step.
+
+    With an ignore label nnU-Net asks the GPU for the number of annotated voxels, and the host waits each time; here
+    it does not. The value is the same. Takes what `loss` takes.
+    """
+    plain = full_resolution(loss)
+    ignores = getattr(plain, "ignore_label", None) is not None or getattr(plain, "use_ignore_label", False)
+    if type(plain) not in (DC_and_CE_loss, DC_and_BCE_loss) or not ignores:
+        return loss(output, target)
+    labels = target if isinstance(target, Tensor) else target[0]
+    return masked_loss(loss, output, labels, torch.ones_like(labels[:, :1], dtype=torch.bool))
+
+
 def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     regions = type(loss) is DC_and_BCE_loss
     plain = regions or type(loss) is DC_and_CE_loss

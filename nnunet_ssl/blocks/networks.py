@@ -176,6 +176,17 @@ def require_stages(network: nn.Module, purpose: str) -> None:
         )
 
 
+def compile_in_place(network: nn.Module) -> None:
+    """Compiles what a network computes, encoder and decoder each, without a wrapper around it.
+
+    Its type, the names of its weights and `forward_with_features` stay as they are. Networks of one architecture share
+    the compiled code. A deepcopy is not compiled. Sizes are fixed: a batch of another size is compiled anew.
+    """
+    network = unwrap(network)
+    for part in (network.encoder, network.decoder) if has_stages(network) else (network,):
+        part.compile(dynamic=False)
+
+
 def with_interpolation(network: nn.Module) -> nn.Module:
     """A copy of a U-Net whose decoder upsamples by linear interpolation and a convolution, not by a transposed one.
 

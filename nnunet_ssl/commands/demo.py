@@ -22,7 +22,7 @@ from nnunet_ssl.system.processes import execute
 
 DATASET = "Dataset999_Demo"
 CONFIGURATION = "demo"
-TRAINERS = ("nnUNetTrainer_8epochs", "nnUNetTrainerM3_8epochs")  # an epoch of nnU-Net has 250 steps
+TRAINERS = ("nnUNetTrainer_8epochs", "nnUNetTrainerM3HL_8epochs")  # an epoch of nnU-Net has 250 steps
 CASES = {"labeled": 4, "unlabeled": 16, "test": 8}
 # Ranges of the standard deviations of noise and background texture, and of the bias field's slope: the labeled scans
 # are of one good scanner, the others of any scanner.

@@ -15,7 +15,7 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ou
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
-from nnunet_ssl.system.files import read_json
+from nnunet_ssl.commands.trained_models import further_models, trained_folds
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
@@ -68,7 +68,7 @@ def export_model(
     if output.is_dir() or (output.exists() and not zipped):
         raise FileExistsError(f"{output} exists already. Remove it or choose another -o.")
     model = Path(get_output_folder(dataset, trainer, plans_identifier, configuration))
-    folders = [f"fold_{fold}" for fold in folds] if folds is not None else _trained_folds(model, checkpoint)
+    folders = [f"fold_{fold}" for fold in (trained_folds(model, checkpoint) if folds is None else folds)]
     require_exportable(trainer)
     files = [model / folder / checkpoint for folder in folders] or [model / "fold_0" / checkpoint]
     missing = [str(file) for file in [*files, *(model / name for name in NEEDED)] if not file.is_file()]
@@ -117,18 +117,14 @@ def require_exportable(trainer: str) -> None:
 
 
 def folds_of_others(model: Path, others: Sequence[Path], checkpoint: str) -> list[Path]:
-    """The trained folds of further model folders; raises where one has none, or other plans than the first model."""
-    found = []
+    """The trained folds of further model folders; raises where one has none, or cannot join the first model."""
+    found = further_models(others, model, checkpoint)
     for other in others:
-        folders = _trained_folds(other, checkpoint)
-        if not folders:
-            raise FileNotFoundError(f"{other} has no fold with {checkpoint}. --also takes model folders.")
-        same = other.resolve().name.split("__")[1:] == model.name.split("__")[1:]  # trainer, plans, configuration
-        if not same or read_json(other / "plans.json") != read_json(model / "plans.json"):
-            raise ValueError(f"{other} has other plans than {model}. Only models with the same plans can be joined.")
-        require_exportable(other.resolve().name.split("__")[0])
-        found += [other / folder for folder in folders]
-    return found
+        trainer, *plans = other.resolve().name.split("__")  # trainer, plans, configuration
+        if plans != model.name.split("__")[1:]:
+            raise ValueError(f"{other} is not of the configuration and plans of {model}. They cannot be joined.")
+        require_exportable(trainer)
+    return [member.file.parent for member in found]
 
 
 def export_fold(source: Path, target: Path, checkpoint: str, network: str | None, alone: bool) -> tuple[str, bool]:
@@ -185,13 +181,6 @@ def _packed(folder: Path, root: Path) -> Path:
         for path in sorted(folder.rglob("*")):
             file.write(path, path.relative_to(root))
     return archive
-
-
-def _trained_folds(model: Path, checkpoint: str) -> list[str]:
-    """The numbered folds; where there is none, fold_all."""
-    trained = {file.parent.name for file in model.glob(f"fold_*/{checkpoint}")}
-    numbered = sorted(folder for folder in trained if folder.removeprefix("fold_").isdecimal())
-    return numbered or sorted(trained & {"fold_all"})
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,23 +15,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
+from nnunet_ssl.commands.trained_models import Model
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
+from nnunet_ssl.system.quiet import quiet
 
 SCRATCH, DISAGREEMENT = "predicting", "disagreement"  # folders of a run that is not finished
-
-
-@dataclass(frozen=True)
-class Model:
-    """A fold of a model folder: the file of its weights is folder/fold_<fold>/checkpoint."""
-
-    folder: Path
-    fold: int | str
-    checkpoint: str
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"fold_{self.fold}" / self.checkpoint
 
 
 def predict(
@@ -58,7 +46,8 @@ def predict(
     predictors = []
     for model in models:
         predictors.append(nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False))
-        predictors[-1].initialize_from_trained_model_folder(str(model.folder), (model.fold,), model.checkpoint)
+        with quiet():  # nnU-Net says every file in which it looks for the trainer, and cites itself
+            predictors[-1].initialize_from_trained_model_folder(str(model.folder), (model.fold,), model.checkpoint)
     first = predictors[0]
     how = (first.configuration_manager, first.plans_manager, first.dataset_json, ignore_label)
     prepared = preprocessing_iterator_fromfiles(

@@ -111,9 +111,10 @@ def preview(
 
 @contextmanager
 def _nothing_written() -> Iterator[None]:
-    """A results folder that vanishes, no worker processes, no run of Weights & Biases."""
+    """A results folder that vanishes, no worker processes, no run of Weights & Biases, nothing compiled."""
     with tempfile.TemporaryDirectory(prefix="nnunet_ssl_preview_") as folder:
         settings = {"nnUNet_results": folder, "nnUNet_n_proc_DA": "0", "nnUNet_wandb_enabled": "0"}
+        settings["nnUNet_compile"] = "0"  # it takes longer than the one batch
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:

@@ -16,13 +16,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.commands.interrupted_labels import RECORD, convert_series, finished_labels, start_or_resume
-from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, Model, predict
+from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, predict
+from nnunet_ssl.commands.trained_models import Model, further_models
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
 from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans
 from nnunet_ssl.data.splits import read_fold, save_splits
-from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import worker_pool
 from nnunet_ssl.training.checkpoints import read_checkpoint, require_trained_as
@@ -199,16 +199,7 @@ def trained_models(
             if not found[-1].file.is_file():
                 command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
                 raise FileNotFoundError(f"{found[-1].file} is missing. Train the model first: {command}")
-    for folder in also:
-        if not (folder / "plans.json").is_file():
-            raise FileNotFoundError(f"{folder / 'plans.json'} is missing. --also takes model folders.")
-        if read_json(folder / "plans.json") != read_json(found[0].folder / "plans.json"):
-            raise ValueError(f"{folder} has other plans than {found[0].folder}. Their predictions cannot be averaged.")
-        found += [Model(folder, fold, checkpoint) for fold in folds]
-        missing = [str(model.file) for model in found if not model.file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{missing[0]} is missing.")
-    return found
+    return found + further_models(also, found[0].folder, checkpoint, folds)
 
 
 def sort_folds(

@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.files import read_json
+from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.training.checkpoints import CHECKPOINTS, mismatched_networks, read_checkpoint, require_trained_as
 from nnunet_ssl.training.preflight import only_training
@@ -97,7 +98,8 @@ def boundary(file: Path, state: dict, training: tuple) -> SemiSupervisedTrainer:
     name, configuration, fold, trainer_name, plans_identifier = training
     # nothing is computed, a CPU is enough
     device = torch.device("cpu")
-    trainer = get_trainer_from_args(name, configuration, fold, trainer_name, plans_identifier, device=device)
+    with quiet():  # nnU-Net says every file in which it looks for the trainer, and cites itself
+        trainer = get_trainer_from_args(name, configuration, fold, trainer_name, plans_identifier, device=device)
     if not isinstance(trainer, SemiSupervisedTrainer):
         raise ValueError(f"{trainer_name} is not a semi-supervised trainer. See: nnunet-ssl trainers")
     trainer.initialize()

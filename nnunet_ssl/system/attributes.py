@@ -8,9 +8,9 @@ from typing import Any
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """In the block, the attribute `name` of `owner` has another value; afterwards its own one again."""
-    own = getattr(owner, name)
+    inherited, own = name not in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, own)
+        delattr(owner, name) if inherited else setattr(owner, name, own)

@@ -1,5 +1,6 @@
 """How the loaders of a training are run: nnU-Net's workers, the first batches, and augmentation that repeats."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,9 +44,28 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
     return train, val
 
 
+class KeptItems:
+    """The items of a loader, the last one again wherever `again` says so; all else is the loader's."""
+
+    def __init__(self, loader: Iterator[dict], again: Callable[[], bool]):
+        self.loader, self.again, self.item = loader, again, None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        if self.item is None or not self.again():
+            self.item = next(self.loader)
+        return self.item
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
 def stop_loaders(*loaders) -> None:
     """Ends the workers of loaders, which nnU-Net leaves behind when it is interrupted; None is passed over."""
     for loader in loaders:
+        loader = loader.loader if isinstance(loader, KeptItems) else loader
         if isinstance(loader, NonDetMultiThreadedAugmenter):
             loader._finish()
 

@@ -41,6 +41,7 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
     features = None
     with ExitStack() as stack:
         stack.enter_context(autocast("cuda") if patches.is_cuda else nullcontext())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # nothing is compiled for one batch in an epoch
         for network in {student, labeler}:
             stack.enter_context(evaluating(network))
         if has_stages(student):

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,11 +40,14 @@ def get_random_state() -> dict:
     }
 
 
-def set_random_state(state: dict) -> None:
-    """Restores what `get_random_state` gave; CUDA only where the number of devices is the same."""
+def set_random_state(state: dict, log: Callable[[str], object] = print) -> None:
+    """Restores what `get_random_state` gave; CUDA only where the number of devices is the same, else it says so."""
     torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    before, now = len(state["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if now and before == now:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    elif now or before:
+        log(f"The checkpoint has random states of {before} GPUs, here are {now}: what is drawn on them begins anew.")
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]

@@ -14,6 +14,7 @@ from nnunet_ssl.blocks.losses import (
     feature_cosine,
     feature_l1,
     full_resolution,
+    labeled_loss,
     masked_loss,
     probability_mse,
     reweighted,
@@ -105,6 +106,21 @@ def test_a_full_mask_gives_nnunets_own_loss_and_gradient_with_deep_supervision(d
     *grads, unused = gradients(ours, logits)
     torch.testing.assert_close(grads, list(gradients(expected, logits)[:2]))
     assert unused is None  # weight 0
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("ignore_label", [None, 3])
+def test_the_loss_on_labeled_patches_is_nnunets_and_waits_for_no_count(deep, ignore_label, monkeypatch):
+    loss = nnunet_loss(deep=deep, ignore_label=ignore_label)
+    logits, target = random_logits(3, 3), random_target(3 if ignore_label is None else 4, 3)
+    output, targets = (logits, at_all_scales(target, 3)) if deep else (logits[0], target)
+    expected = loss(output, targets)
+    grads = gradients(expected, logits)
+    if ignore_label is not None:  # its forward is where the host waits
+        monkeypatch.setattr(DC_and_CE_loss, "forward", None)
+    ours = labeled_loss(loss, output, targets)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients(ours, logits), grads)
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -176,7 +176,11 @@ def test_models_of_several_seeds_are_joined_if_their_plans_are_the_same(trained,
     assert main([*command.split()[:-1], str(tmp_path / "none"), "-chk", "checkpoint_none.pth"]) == 1
     shutil.rmtree(other / "fold_0")
     assert main([*command.split()[:-1], str(tmp_path / "none")]) == 1
-    assert f"{other} has no fold with checkpoint_final.pth. --also takes" in capsys.readouterr().err
+    assert f"{other / 'fold_*/checkpoint_final.pth'} is missing. --also takes" in capsys.readouterr().err
+    lower = other.rename(other.with_name(other.name.replace("fullres", "lowres")))
+    shutil.copytree(model_folder(trained, "nnUNetTrainerM3HL") / "fold_0", lower / "fold_0")
+    assert main([*command.replace(str(other), str(lower)).split()[:-1], str(tmp_path / "none")]) == 1
+    assert f"{lower} is not of the configuration and plans of" in capsys.readouterr().err
 
 
 def test_the_command_says_how_to_use_the_folder(trained, tmp_path, capsys):

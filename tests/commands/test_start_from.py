@@ -74,7 +74,10 @@ def first_losses(trainer):
 def test_the_second_phase_starts_as_behind_a_supervised_phase(results, tiny_dataset, capsys):
     assert main([*ARGUMENTS, "--model", "nnUNetTrainer"]) == 0
     written = model(results, OURS) / "fold_0/checkpoint_latest.pth"
-    assert f"nnUNetv2_train 701 3d_fullres 0 -tr {OURS} -p nnUNetPlans --c" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"nnUNetv2_train 701 3d_fullres 0 -tr {OURS} -p nnUNetPlans --c" in said
+    assert "Isensee" not in said  # nnU-Net's citation
+    assert "Trying" not in said  # its search for the trainer
     ours = continued(written)
     assert (ours.current_epoch, ours.supervised_epochs, ours.step) == (2, 2, 0)
     final = torch.load(model(results) / "fold_0/checkpoint_final.pth", weights_only=False)

@@ -235,11 +235,12 @@ def test_transformer(trainer_class, tiny_dataset):
 
 @every
 def test_torch_compile(trainer_class, tiny_dataset, tmp_path, monkeypatch):
-    """nnU-Net compiles on CUDA only; here the compiler runs the operations one by one, but wraps as it does there."""
+    """nnU-Net compiles on CUDA only; here the compiler runs the operations one by one. See test_compiled.py too."""
     monkeypatch.setattr(stock.nnUNetTrainer, "_do_i_compile", lambda self: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     trainer = started(trainer_class, tiny_dataset)
-    assert isinstance(trainer.network, OptimizedModule)
+    assert not isinstance(trainer.network, OptimizedModule)
+    assert trainer.network.encoder._compiled_call_impl is not None
     trains(trainer)
     for name in ("mean_fg_dice", "ema_fg_dice"):
         trainer.logger.local_logger.my_fantastic_logging[name].append(0.5)

@@ -12,6 +12,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_trainers import every_trainer, make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
+from nnunet_ssl.trainers.nnUNetTrainerCoM3HL import nnUNetTrainerCoM3HL
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 CASES = [("3d_fullres", "tiny_dataset"), ("2d", "tiny_dataset"), ("3d_fullres", "tiny_residual_dataset")]
 every_method = pytest.mark.parametrize("trainer_class", every_trainer())
@@ -254,3 +256,20 @@ def test_a_variant_changes_settings_that_its_method_has():
         for name, value in own.items():
             assert not callable(value)
             assert type(value) is type(getattr(variant.__base__, name)), f"{variant}.{name}"
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCoM3HL])
+def test_what_is_loaded_for_steps_on_whole_patches_is_learned_from_once(trainer_class, tiny_dataset):
+    trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=1, num_iterations_per_epoch=20, noise=0.0)
+    trainer.on_train_start()
+    loaded, learned = [], []
+    original = trainer.dataloader_train.loader
+    trainer.dataloader_train.loader = (loaded.append(item) or item for item in original)
+    trainer.network.encoder.register_forward_pre_hook(lambda _, args: learned.extend(args[0].detach()))
+    trainer.step = 6  # of 20, the first 8 are on mixed patches
+    for _ in range(12):
+        trainer.train_step(next(trainer.dataloader_train))
+    assert len(loaded) == 2 + 5
+    for item in loaded[2:]:
+        for patch in (*item["data"], *item["unlabeled"]):
+            assert sum(torch.equal(patch, other) for other in learned) == 1

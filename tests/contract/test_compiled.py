@@ -1,0 +1,126 @@
+"""torch.compile, nnU-Net's default on CUDA, with the real compiler: what runs compiled, and that it computes the same.
+
+nnU-Net does not compile on a CPU; here it is told to.
+"""
+
+import shutil
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from tiny_trainers import every_trainer, make_trainer, seed
+from torch import nn
+from torch._dynamo.utils import counters
+
+from nnunet_ssl.blocks.networks import frozen_copy
+from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: g++")
+CONVOLUTIONS = {module.forward.__code__ for module in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+OTHERS = [("tiny_dataset", "2d"), ("tiny_residual_dataset", "3d_fullres")]  # plain and 3D are tested everywhere
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Switches compilation on or off for trainers that are initialized from then on."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda on: monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: on)
+    torch._dynamo.reset()
+
+
+def started(trainer_class, dataset, configuration):
+    seed()
+    trainer = make_trainer(trainer_class, dataset, configuration, num_iterations_per_epoch=100)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def steps(trainer, batch):
+    """Losses of two steps in every phase, and how many convolutions of the second ones were not compiled."""
+    losses, eager = [], 0
+
+    def count(frame, event, _):
+        nonlocal eager
+        eager += event == "call" and frame.f_code in CONVOLUTIONS
+
+    for begin in (0, trainer.max_steps // 2, trainer.max_steps - 3):
+        trainer.step = begin
+        for number in range(2):
+            seed(begin + number)
+            sys.setprofile(count if number else None)
+            try:
+                losses.append(float(trainer.train_step(deepcopy(batch))["loss"]))
+            finally:
+                sys.setprofile(None)
+    return losses, eager
+
+
+def both(trainer_class, dataset, configuration, compiling):
+    """The trainer that was compiled, after its steps, with the losses of the one that was not."""
+    found = []
+    for on in (False, True):
+        compiling(on)
+        trainer = started(trainer_class, dataset, configuration)
+        batch = next(trainer.dataloader_train)
+        found.append(steps(trainer, batch))
+    (expected, every), (losses, eager) = found
+    assert every > 0
+    return trainer, batch, eager, (losses, expected)
+
+
+@pytest.mark.parametrize("trainer_class", every_trainer())
+def test_every_network_is_compiled_and_computes_the_same(trainer_class, tiny_dataset, compiling, tmp_path):
+    trainer, batch, eager, (losses, expected) = both(trainer_class, tiny_dataset, "3d_fullres", compiling)
+    assert eager == 0
+    assert not counters["graph_break"]
+    assert losses == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    for name in ("mean_fg_dice", "ema_fg_dice"):
+        trainer.logger.local_logger.my_fantastic_logging[name].append(0.5)
+    file = tmp_path / "checkpoint.pth"
+    trainer.save_checkpoint(str(file))
+    resumed = make_trainer(trainer_class, tiny_dataset, num_iterations_per_epoch=100)
+    resumed.load_checkpoint(str(file))
+    resumed.on_train_start()
+    resumed.on_train_epoch_start()
+    trainer.current_epoch += 1
+    trainer.on_train_epoch_start()  # with the learning rate of the resumed training
+    after = []
+    for each in (trainer, resumed):
+        seed(5)
+        each.step = trainer.max_steps // 2
+        after.append(each.train_step(deepcopy(batch))["loss"])
+    assert after[0] == after[1]
+    for name, network in {"student": trainer.network, **vars(trainer.companions)}.items():
+        other = resumed.network if name == "student" else getattr(resumed.companions, name)
+        assert all(torch.equal(one, two) for one, two in zip(network.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCoLearning])
+@pytest.mark.parametrize(
+    ("fixture", "configuration"), [("tiny_dataset", "2d"), ("tiny_residual_dataset", "3d_fullres")]
+)
+def test_two_dimensions_and_residual_networks(trainer_class, fixture, configuration, compiling, request):
+    data = request.getfixturevalue(fixture)
+    _, _, eager, (losses, expected) = both(trainer_class, data, configuration, compiling)
+    assert eager == 0
+    assert not counters["graph_break"]
+    assert losses == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+class EagerTeacher(nnUNetTrainerMeanTeacher):
+    def initialize(self):
+        super().initialize()
+        self.companions.teacher = frozen_copy(self.network)  # a copy is not compiled
+
+
+def test_a_teacher_that_is_not_compiled_is_seen(tiny_dataset, compiling):
+    compiling(True)
+    trainer = started(EagerTeacher, tiny_dataset, "3d_fullres")
+    _, eager = steps(trainer, next(trainer.dataloader_train))
+    assert eager > 0
