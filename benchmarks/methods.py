@@ -8,6 +8,8 @@
     python benchmarks/methods.py run ACDC-3 supervised self-training nnUNetTrainerM3HL --seeds 0 1 2
     python benchmarks/methods.py run ACDC-3 nnUNetTrainerM3HL --set unmixed=0.4 --on development
     python benchmarks/methods.py run ACDC-3 nnUNetTrainerM3HL --alone       # one phase, from random weights
+    python benchmarks/methods.py run ACDC-3 nnUNetTrainerM3HL --seeds 0 1 2 --ensemble
+    python benchmarks/methods.py run LA-4 self-training --labelers 0 1 2 --ignore-uncertain
     python benchmarks/methods.py queue benchmarks/queue.txt                 # lines like those above; one call per core
     python benchmarks/ruler.py                                              # the tables and the picture
 
@@ -26,34 +28,30 @@ computes in bfloat16, `--bf16` takes a quarter to a third of the time; the rows 
 """
 
 import argparse
-import ast
 import csv
 import fcntl
 import json
 import os
-import random
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("nnUNet_n_proc_DA", "0")
 os.environ.setdefault("nnUNet_compile", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import SimpleITK as sitk
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
-from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from phases import SECONDS_FILE, add_seconds, cpu_seconds, phase
 from tasks import (
     METRICS,
     RESULTS,
@@ -75,8 +73,8 @@ from nnunet_ssl.data.preprocessed import PREDICTED_FOREGROUND
 from nnunet_ssl.system.files import replacing
 
 FIRST_PHASE = "first_phase"  # folder of the supervised training that every row starts from
-SECONDS_FILE, LABELING_SECONDS = "seconds.json", "labeling_seconds.json"  # processor time, in a run's folder
-STEPS_PER_EPOCH = 250
+LABELING_SECONDS = "labeling_seconds.json"  # processor time, in the folder of the labels
+STOCK = "nnUNetTrainer"
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,44 @@ class Run:
     settings: tuple[str, ...] = ()  # NAME=VALUE
     alone: bool = False
     predicted_foreground: bool = False
+    labelers: tuple[int, ...] = ()  # seeds whose first phases label together; none: the run's own
+    ignore_uncertain: bool = False
+    drop_worst: int = 0
+    networks: tuple[str, ...] = ()  # of the checkpoint, which predict together; none: the deployed one
+    ensemble: tuple[int, ...] = ()  # seeds whose models predict together; none: the run's own
     device: str = "cpu"
     bf16: bool = False
 
     @property
     def row(self) -> str:
-        how = ["predicted foreground"] * self.predicted_foreground + ["alone"] * self.alone
+        how = [
+            *["predicted foreground"] * self.predicted_foreground,
+            *[f"labels of {len(self.labelers)}"] * bool(self.labelers),
+            *["uncertain ignored"] * self.ignore_uncertain,
+            *[f"without the worst {self.drop_worst}"] * bool(self.drop_worst),
+            *["alone"] * self.alone,
+            *[" + ".join(self.networks)] * bool(self.networks),
+            *[f"ensemble of {len(self.ensemble)}"] * bool(self.ensemble),
+        ]
         return ", ".join([self.method, *self.settings, *how])
 
     @property
     def folder(self) -> Path:
         return Path(nnUNet_results) / self.task / f"seed_{self.seed}" / self.row.replace(", ", "_")
+
+    @property
+    def trainer(self) -> str:
+        return STOCK if self.method in (FIRST_PHASE, SUPERVISED, SELF_TRAINING) else self.method
+
+    @property
+    def members(self) -> list["Run"]:
+        """The trainings whose models predict."""
+        return [replace(self, seed=seed, networks=(), ensemble=()) for seed in self.ensemble or (self.seed,)]
+
+    def first_phases(self) -> list["Run"]:
+        """The run's own first, then those of the other labelers."""
+        seeds = dict.fromkeys((self.seed, *self.labelers))
+        return [Run(self.task, FIRST_PHASE, seed, device=self.device, bf16=self.bf16) for seed in seeds]
 
 
 @contextmanager
@@ -132,32 +157,39 @@ def measure(run: Run, on: str) -> None:
 
     Raises: BlockingIOError where another process is at work on a part of it.
     """
-    task = TASKS[run.task]
-    dataset = str(maybe_convert_to_dataset_name(task.dataset))
+    dataset = str(maybe_convert_to_dataset_name(TASKS[run.task].dataset))
     scans(run, dataset, on)  # says what cannot be measured before anything is trained
-    with locked(run.folder / "lock"):
-        first = Run(run.task, FIRST_PHASE, run.seed, device=run.device, bf16=run.bf16)
-        if not run.alone:
-            with locked(first.folder / "lock"):
-                train(first, dataset, "nnUNetTrainer")
-        labels = run.method == SELF_TRAINING or run.predicted_foreground
-        if labels:
-            with locked(first.folder / "lock"):
-                predicted = label_scans(first, dataset)
-        trained_on = predicted if run.method == SELF_TRAINING else dataset
-        trainer = "nnUNetTrainer" if run.method in (SUPERVISED, SELF_TRAINING) else run.method
-        train(run, trained_on, trainer, None if run.alone else checkpoint(first, dataset, "nnUNetTrainer"))
-        metrics = predict(run, dataset, trained_on, trainer, on)
-        seconds = [0 if run.alone else cpu_seconds(first.folder / SECONDS_FILE), cpu_seconds(run.folder / SECONDS_FILE)]
-        seconds[1] += cpu_seconds(first.folder / LABELING_SECONDS) if labels else 0
-        record(run, on, seconds, metrics)
+    with ExitStack() as locks:
+        for member in run.members:
+            locks.enter_context(locked(member.folder / "lock"))
+        models, seconds = zip(*(trained(member, dataset) for member in run.members), strict=True)
+        metrics = predict(run, dataset, models, on)
+        record(run, on, [sum(phase) for phase in zip(*seconds, strict=True)], metrics)
     dice = statistics.mean(values[0] for values in metrics.values())
     print(f"{run.task}, {run.row}, seed {run.seed}, {on} scans: Dice {dice:.2f}", flush=True)
 
 
-def checkpoint(run: Run, dataset: str, trainer: str) -> Path:
+def trained(run: Run, dataset: str) -> tuple[Path, list[float]]:
+    """The final checkpoint of a run, trained if it is missing, and the processor seconds of its phases."""
+    seconds, start, trained_on = [0.0, 0.0], None, dataset
+    if not run.alone:
+        firsts = run.first_phases()
+        for first in firsts:
+            with locked(first.folder / "lock"):
+                train(first, dataset)
+        used = firsts if run.labelers else firsts[:1]
+        start, seconds[0] = checkpoint(firsts[0], dataset), sum(cpu_seconds(f.folder / SECONDS_FILE) for f in used)
+    if run.method == SELF_TRAINING or run.predicted_foreground:
+        name, seconds[1] = label_scans(run, dataset)
+        trained_on = name if run.method == SELF_TRAINING else dataset
+    train(run, trained_on, start)
+    seconds[1] += cpu_seconds(run.folder / SECONDS_FILE)
+    return checkpoint(run, trained_on), seconds
+
+
+def checkpoint(run: Run, dataset: str) -> Path:
     task = TASKS[run.task]
-    model = run.folder / dataset / f"{trainer}__nnUNetPlans__{task.base}_quick"
+    model = run.folder / dataset / f"{run.trainer}__nnUNetPlans__{task.base}_quick"
     # a dataset with predicted labels has one fold
     return model / f"fold_{0 if run.method == SELF_TRAINING else task.fold}" / "checkpoint_final.pth"
 
@@ -171,14 +203,14 @@ def call(run: Run, command: list[str], **options) -> None:
     subprocess.run([str(word) for word in command], check=True, env=environment, close_fds=False, **options)
 
 
-def train(run: Run, dataset: str, trainer: str, start: Path | None = None) -> None:
+def train(run: Run, dataset: str, start: Path | None = None) -> None:
     """Trains a phase in a process of its own unless it is done, or goes on with it."""
     add_configuration(dataset, TASKS[run.task])
-    if checkpoint(run, dataset, trainer).is_file():
+    if checkpoint(run, dataset).is_file():
         return
     print(f"{run.task}, {run.row}, seed {run.seed}: training", flush=True)
     command = [sys.executable, __file__, "phase", run.task, run.method, "--seed", run.seed, "--device", run.device]
-    command += ["--dataset", dataset, "--trainer", trainer]
+    command += ["--dataset", dataset, "--trainer", run.trainer]
     command += ["--start", start] if start else []
     command += ["--set", *run.settings] if run.settings else []
     command += ["--bf16"] * run.bf16
@@ -186,144 +218,44 @@ def train(run: Run, dataset: str, trainer: str, start: Path | None = None) -> No
         call(run, command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def phase(args) -> None:
-    """A phase in this process: stock nnU-Net's training loop with a fixed number of steps."""
-    task = TASKS[args.task]
-    fold = 0 if args.method == SELF_TRAINING else task.fold
-    seed_all(args.seed, 0)
-    device = torch.device(args.device)
-    trainer = get_trainer_from_args(args.dataset, f"{task.base}_quick", fold, args.trainer, device=device)
-    trainer.num_iterations_per_epoch, trainer.num_epochs = STEPS_PER_EPOCH, task.steps // STEPS_PER_EPOCH
-    trainer.num_val_iterations_per_epoch = 5  # monitoring only
-    trainer.save_every = 1
-    for setting in args.settings:
-        name, value = setting.split("=", 1)
-        if not hasattr(trainer, name):
-            raise SystemExit(f"{args.trainer} has no setting {name}.")
-        setattr(trainer, name, literal(value))
-    if args.device == "cpu" and len(task.patch) == 3:
-        use_channels_last(trainer)
-    if args.bf16:
-        use_bf16(trainer)
-    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
-    if latest.is_file():
-        trainer.load_checkpoint(str(latest))
-        if not hasattr(trainer, "companions"):  # ours go on with the random state of the checkpoint
-            seed_all(args.seed, 2 + trainer.current_epoch)
-    elif args.start:
-        trainer.initialize()
-        weights = torch.load(args.start, map_location=device, weights_only=False)["network_weights"]
-        trainer.network.load_state_dict(weights)
-        seed_all(args.seed, 1)  # other batches than those of the first phase
-    if not hasattr(trainer, "companions"):
-        write_checkpoints_at_once(trainer)
-    count_seconds(trainer, Path(nnUNet_results) / SECONDS_FILE)
-    trainer.run_training()
+def label_scans(run: Run, dataset: str) -> tuple[str, float]:
+    """The unlabeled scans with the labels that first phases predict, preprocessed.
 
-
-def seed_all(seed: int, stream: int) -> None:
-    """Seeds what draws weights and batches; every stream of a seed has other numbers."""
-    number = seed + 1000 * stream
-    for function in (random.seed, np.random.seed, torch.manual_seed):
-        function(number)
-
-
-def write_checkpoints_at_once(trainer) -> None:
-    """A stock checkpoint appears when it is complete, as ours do: a half-written one would count as finished."""
-    save = trainer.save_checkpoint
-
-    def save_checkpoint(filename):
-        with replacing(Path(filename)) as temporary:
-            save(str(temporary))
-
-    trainer.save_checkpoint = save_checkpoint
-
-
-def count_seconds(trainer, file: Path) -> None:
-    """After every epoch, adds its seconds of processor time to the file; other processes do not disturb them."""
-    end, begin = trainer.on_epoch_end, time.process_time()
-
-    def on_epoch_end():
-        nonlocal begin
-        epoch = trainer.current_epoch
-        end()
-        add_seconds(file, {str(epoch): time.process_time() - begin})
-        begin = time.process_time()
-
-    trainer.on_epoch_end = on_epoch_end
-
-
-def add_seconds(file: Path, seconds: dict[str, float]) -> None:
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(known | seconds))
-
-
-def cpu_seconds(file: Path) -> float:
-    return sum(json.loads(file.read_text()).values())
-
-
-def use_channels_last(trainer) -> None:
-    """3D weights in the format whose convolutions are a quarter faster on a CPU (in 2D they are slower).
-
-    Results differ by rounding.
+    Returns: the dataset's name, and the processor seconds that it took.
     """
-    initialize = trainer.initialize
-
-    def initialize_channels_last():
-        initialize()
-        for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
-            network.to(memory_format=torch.channels_last_3d)
-
-    trainer.initialize = initialize_channels_last
-
-
-def use_bf16(trainer) -> None:
-    """Trains in bfloat16 autocast on a CPU, as nnU-Net trains in float16 on CUDA; losses in float32."""
-    initialize, step = trainer.initialize, trainer.train_step
-
-    def initialize_with_float_logits():
-        initialize()
-        for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
-            for layer in network.decoder.seg_layers:
-                layer.register_forward_hook(lambda module, inputs, output: output.float())
-
-    trainer.initialize = initialize_with_float_logits
-    trainer.train_step = torch.autocast("cpu", torch.bfloat16)(step)
-
-
-def label_scans(first: Run, dataset: str) -> str:
-    """The unlabeled scans with the labels that a first phase predicts, preprocessed; returns the dataset's name."""
-    task, done = TASKS[first.task], first.folder / LABELING_SECONDS
-    number = task.first_pseudo_dataset + first.seed
-    name = f"Dataset{number}_{dataset[11:]}PseudoLabels"
-    if done.is_file():
-        return name
-    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
-    commands = [
-        f"nnUNetv2_extract_fingerprint -d {number} -np 1",
-        f"nnUNetv2_preprocess -d {number} -c {task.base} -np 1",
-    ]
-    labeled = first.folder / "labels_are_written"
-    if (Path(nnUNet_raw) / name).is_dir() and not labeled.is_file():
-        raise RuntimeError(
-            f"{Path(nnUNet_raw) / name} has labels of another model. Remove it, also in nnUNet_preprocessed."
-        )
-    if not labeled.is_file():
-        ours = f"{sys.executable} {__file__} command" if first.bf16 else "nnunet-ssl"
-        commands = [
-            f"{ours} pseudo-label -d {task.dataset} -c {task.base}_quick -f {task.fold} -o {number} -np 1 "
-            f"-device {first.device}",
-            *commands,
-        ]
-    print(f"{first.task}, seed {first.seed}: labeling", flush=True)
-    with (first.folder / "labeling.log").open("w") as log:
-        for command in commands:
-            call(first, command.split(), stdout=log, stderr=subprocess.STDOUT)
-            labeled.touch()
-    end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    add_seconds(done, {"labeling": end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime})
-    return name
+    task, firsts = TASKS[run.task], run.first_phases()
+    labelers = [first for first in firsts if not run.labelers or first.seed in run.labelers]
+    number, folder = task.first_pseudo_dataset + run.seed, firsts[0].folder
+    if run.labelers:
+        number = task.first_pseudo_dataset + 3 + run.ignore_uncertain + 2 * bool(run.drop_worst)
+        folder = Path(nnUNet_results) / run.task / f"labels_{number}"
+    name, done = f"Dataset{number}_{dataset[11:]}PseudoLabels", folder / LABELING_SECONDS
+    with locked(folder / "lock"):
+        if done.is_file():
+            return name, cpu_seconds(done)
+        begin, labeled = resource.getrusage(resource.RUSAGE_CHILDREN), folder / "labels_are_written"
+        if (Path(nnUNet_raw) / name).is_dir() and not labeled.is_file():
+            raise RuntimeError(
+                f"{Path(nnUNet_raw) / name} has labels of other models. Remove it, also in nnUNet_preprocessed."
+            )
+        ours = [sys.executable, __file__, "command"] if run.bf16 else ["nnunet-ssl"]
+        label = [*ours, "pseudo-label", "-d", task.dataset, "-c", f"{task.base}_quick", "-f", task.fold, "-o", number]
+        label += ["-np", 1, "-device", run.device]
+        others = [checkpoint(other, dataset).parents[1] for other in labelers[1:]]
+        label += ["--also", *others] if others else []
+        label += ["--uncertain", "ignore"] if run.ignore_uncertain else []
+        label += ["--drop-worst", run.drop_worst] if run.drop_worst else []
+        commands = [] if labeled.is_file() else [label]
+        commands.append(["nnUNetv2_extract_fingerprint", "-d", number, "-np", 1])
+        commands.append(["nnUNetv2_preprocess", "-d", number, "-c", task.base, "-np", 1])
+        print(f"{run.task}, {run.row}, seed {run.seed}: labeling", flush=True)
+        with (folder / "labeling.log").open("w") as log:
+            for command in commands:
+                call(labelers[0], command, stdout=log, stderr=subprocess.STDOUT)
+                labeled.touch()
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        add_seconds(done, {"labeling": end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime})
+        return name, cpu_seconds(done)
 
 
 def scans(run: Run, dataset: str, on: str) -> dict[Path, Path]:
@@ -339,23 +271,46 @@ def scans(run: Run, dataset: str, on: str) -> dict[Path, Path]:
     return {raw / "imagesTr" / f"{case}_0000.nii.gz": raw / "labelsTr" / f"{case}.nii.gz" for case in cases}
 
 
-def predict(run: Run, dataset: str, trained_on: str, trainer: str, on: str) -> dict[str, list[float]]:
-    """Predicts the scans with nnUNetv2_predict; the METRICS of every case."""
+def predict(run: Run, dataset: str, models: Sequence[Path], on: str) -> dict[str, list[float]]:
+    """Predicts the scans with nnUNetv2_predict_from_modelfolder; the METRICS of every case."""
     task, references = TASKS[run.task], scans(run, dataset, on)
     output, source = run.folder / f"predicted_{on}", run.folder / f"images_{on}"
-    source.mkdir(exist_ok=True)
+    source.mkdir(exist_ok=True, parents=True)
     for image in references:
         link = source / image.name
         if not link.is_symlink():
             link.symlink_to(image)
-    fold = checkpoint(run, trained_on, trainer).parent.name.removeprefix("fold_")
-    command = f"nnUNetv2_predict -d {trained_on} -c {task.base}_quick -f {fold} -tr {trainer} -npp 1 -nps 1"
-    command += f" -device {run.device} --disable_tta --disable_progress_bar"
-    call(run, [*command.split(), "-i", source, "-o", output], stdout=subprocess.DEVNULL)
+    folder, folds = models[0].parents[1], [models[0].parent.name.removeprefix("fold_")]
+    if run.networks or run.ensemble:
+        folder = run.folder / "model"
+        folds = joined(run, dataset, models, folder)
+    command = ["nnUNetv2_predict_from_modelfolder", "-m", folder, "-f", *folds, "-npp", 1, "-nps", 1]
+    command += ["-device", run.device, "--disable_tta", "--disable_progress_bar", "-i", source, "-o", output]
+    call(run, command, stdout=subprocess.DEVNULL)
     values = json.loads((Path(nnUNet_raw) / dataset / "dataset.json").read_text())["labels"].values()
     labels = [value for value in values if value != 0]
     files = references.values()
     return {file.name.split(".")[0]: case_means(output / file.name, file, labels, task.unit) for file in files}
+
+
+def joined(run: Run, dataset: str, models: Sequence[Path], folder: Path) -> list[str]:
+    """Makes a model folder whose folds are all models, with networks each of them; returns the folds."""
+    folds = []
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for member, model in zip(run.members, models, strict=True):
+        if run.networks:
+            exported, fold = folder / f"seed_{member.seed}", model.parent.name.removeprefix("fold_")
+            command = ["nnunet-ssl", "export", "-d", dataset, "-c", f"{TASKS[run.task].base}_quick", "-f", fold]
+            call(member, [*command, "-tr", run.trainer, "--network", *run.networks, "-o", exported])
+            folds += sorted(exported.glob("fold_*"))
+        else:
+            folds.append(model.parent)
+    for name in ("plans.json", "dataset.json"):
+        shutil.copy(models[0].parents[1] / name, folder)
+    for number, fold in enumerate(folds):
+        (folder / f"fold_{number}").symlink_to(fold)
+    return [str(number) for number in range(len(folds))]
 
 
 def case_means(prediction: Path, reference: Path, labels: list[int], unit: str) -> list[float]:
@@ -385,14 +340,25 @@ def record(run: Run, on: str, seconds: list[float], metrics: dict[str, list[floa
 
 
 def runs_of(args) -> list[Run]:
-    settings = tuple(args.settings)
-    if args.alone and (SELF_TRAINING in args.methods or args.predicted_foreground):
+    labels = args.predicted_foreground or args.labelers or args.ignore_uncertain or args.drop_worst
+    if args.alone and (SELF_TRAINING in args.methods or labels):
         raise SystemExit("--alone has no first phase that could label the unlabeled scans.")
-    return [
-        Run(args.task, method, seed, settings, args.alone, args.predicted_foreground, args.device, args.bf16)
-        for seed in args.seeds
-        for method in args.methods
-    ]
+    if (args.ignore_uncertain or args.drop_worst) and not args.labelers:
+        raise SystemExit("One model does not disagree with itself: give --labelers, as 0 1 2.")
+    options = {
+        "settings": tuple(args.settings),
+        "alone": args.alone,
+        "predicted_foreground": args.predicted_foreground,
+        "labelers": tuple(args.labelers),
+        "ignore_uncertain": args.ignore_uncertain,
+        "drop_worst": args.drop_worst,
+        "networks": tuple(args.networks),
+        "ensemble": tuple(args.seeds) if args.ensemble else (),
+        "device": args.device,
+        "bf16": args.bf16,
+    }
+    seeds = args.seeds[:1] if args.ensemble else args.seeds
+    return [Run(args.task, method, seed, **options) for seed in seeds for method in args.methods]
 
 
 def runs_in(queue: Path, bf16: bool, parser: argparse.ArgumentParser) -> list[tuple[Run, str]]:
@@ -445,6 +411,11 @@ def main() -> None:
         action="store_true",
         help="unlabeled patches on foreground that the first phase predicts",
     )
+    run.add_argument("--labelers", type=int, nargs="+", default=[], help="seeds whose first phases label together")
+    run.add_argument("--ignore-uncertain", action="store_true", help="where the labelers disagree, nothing is learned")
+    run.add_argument("--drop-worst", type=int, default=0, help="leave out so many scans on which they disagree most")
+    run.add_argument("--networks", nargs="+", default=[], help="of every checkpoint, as student teacher: an ensemble")
+    run.add_argument("--ensemble", action="store_true", help="the models of all seeds predict together")
     queue = commands.add_parser("queue", help="work through a file with arguments of `run`, one run after the other")
     queue.add_argument("file", type=Path)
     other = commands.add_parser("command", help="used by `run`: a command of nnunet-ssl whose networks run in bfloat16")
@@ -478,13 +449,6 @@ def main() -> None:
                     measure(one_run, args.on)
             except BlockingIOError:
                 raise SystemExit(f"Another call is at work on seed {one_run.seed} of {one_run.task}.") from None
-
-
-def literal(value: str):
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a plain word
-        return value
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ os.environ.setdefault("nnUNet_compile", "0")
 import numpy as np
 import SimpleITK as sitk
 import torch
-from methods import literal, use_channels_last
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
+from phases import literal, use_channels_last
 from scipy import ndimage
 
 import nnunet_ssl
