@@ -2,8 +2,9 @@
 
     python benchmarks/loader.py -d 501 -c la_quick [-tr nnUNetTrainerM3HL nnUNetTrainerCPS]
 
-A trainer with a weak view makes two views of every unlabeled patch. Batches are made in turns, without worker
-processes; the ratio of every pair of turns is taken.
+A trainer with a weak view makes two views of every unlabeled patch. With --on-device the workers leave the intensity
+transforms of unlabeled patches to the training device (`nnUNet_ssl_augment=device`). Batches are made in turns, without
+worker processes; the ratio of every pair of turns is taken.
 """
 
 import argparse
@@ -37,8 +38,10 @@ def main() -> None:
     parser.add_argument("-f", dest="fold", type=int, default=0)
     parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainerM3HL", "nnUNetTrainerCPS"])
     parser.add_argument("--repeats", type=int, default=20, help=f"pairs of turns of {TURN} batches")
+    parser.add_argument("--on-device", action="store_true", help="without the intensity transforms of unlabeled ones")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["nnUNet_ssl_augment"] = "device" if args.on_device else "workers"
 
     ratios = {}
     for name in args.trainers:
@@ -49,7 +52,7 @@ def main() -> None:
         for _ in range(args.repeats):
             labeled, unlabeled = seconds(loaders.labeled), seconds(loaders.unlabeled)
             pairs.append((labeled + unlabeled) / labeled)
-        ratios[f"loader, {name}"] = statistics.median(pairs)
+        ratios[f"loader, {name}" + ", on device" * args.on_device] = statistics.median(pairs)
         print(f"{name}: {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})", flush=True)
     record_ratios(f"{args.configuration}, cpu", ratios)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_ssl.blocks import pseudo_labels
 from nnunet_ssl.blocks.networks import broadcast, compile_in_place, has_batch_norm, set_deep_supervision, unwrap
 from nnunet_ssl.blocks.schedules import sigmoid_rampup, whole_epochs
+from nnunet_ssl.data.augmentation import OnDevice, augments_on_device
 from nnunet_ssl.data.loading import Batch, make_loaders, to_device
 from nnunet_ssl.system.attributes import replaced
 from nnunet_ssl.system.nnunet_version import require_nnunet
@@ -134,6 +135,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = 0  # of the semi-supervised phase
         self.supervised_epochs = 0  # known from `initialize` on
         self.companions = SimpleNamespace()
+        self._intensity: OnDevice | None = None  # augmentation on the training device
         self._losses: dict[str, float] = {}  # means of the epoch
         self._observations: dict = {}  # of the epoch's last batch
         self._overlaps: dict[str, list[dict]] = {}  # network to what nnU-Net counted on the compared batches
@@ -158,7 +160,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         preflight.refuse_unsupported(type(self), SemiSupervisedTrainer, self.configuration_name, self.is_cascaded)
         preflight.require_cases(Path(self.preprocessed_dataset_folder), self.plans_manager, self.configuration_name)
         self.supervised_epochs = whole_epochs(self.supervised_part, self.num_epochs)
-        self.seed = seed_from_environment(self.local_rank)
+        self.seed, self._augments_on_device = seed_from_environment(self.local_rank), augments_on_device()
         with replaced(self, "_do_i_compile", lambda: False):  # its wrapper leaves out what methods call: see below
             super().initialize()
         companions = {name: network.to(self.device) for name, network in self.build_companions().items()}
@@ -220,7 +222,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         sampling = {name: getattr(self, name) for name in SAMPLING}
         sizes = (self.batch_size, initial_patch_size, configuration.patch_size)
         others = None if self.supervised_phase else unlabeled
-        loaders = make_loaders(train, val, others, sizes, (transforms, val_transforms), self.weak_view, sampling)
+        self._intensity = OnDevice(transforms) if self._augments_on_device else None
+        views = {"weak_view": self.weak_view, "strong_view": self._intensity is None}
+        loaders = make_loaders(train, val, others, sizes, (transforms, val_transforms), views, sampling)
         train, val = start_loaders(*loaders, self.device, self.num_input_channels, folder / "dataset.json")
         return (train if self.supervised_phase else KeptItems(train, self.same_patches)), val
 
@@ -306,7 +310,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return {"loss": values.sum(), **by_name}
 
     def _to_device(self, batch: dict) -> Batch:
-        return to_device(batch, self.device, self.weak_view)
+        return to_device(batch, self.device, self.weak_view, self._intensity)
 
     def trained_networks(self) -> list[nn.Module]:
         """The networks that the optimizer trains: `self.network` and companions that require gradients."""

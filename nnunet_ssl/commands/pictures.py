@@ -81,10 +81,12 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
         colour = COLOURS[place % len(COLOURS)]
         boxes["boxes"][place].set(facecolor=colour, alpha=0.35)
         axis.scatter([place] * len(column), column, s=26, color=colour, edgecolor="black", linewidth=0.5, zorder=3)
-    # two words of a name below each other, so that long names stay apart
-    names = [name.replace("nnUNetTrainer", "nnUNetTrainer\n", 1).strip() for name in dice]
-    axis.set_xticks(places, names, rotation=30 if len(dice) > 5 else 0, ha="right" if len(dice) > 5 else "center")
-    axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel="Dice of a test case (%)", xlabel="trainer")
+    many = len(dice) > 5
+    # what all names begin with is said once, or where there is room for it on a line of its own
+    names = [name.replace("nnUNetTrainer", "" if many else "nnUNetTrainer\n", 1).strip() or name for name in dice]
+    axis.set_xticks(places, names, rotation=30 if many else 0, ha="right" if many else "center")
+    xlabel = "trainer, without nnUNetTrainer at the beginning" if many else "trainer"
+    axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel="Dice of a test case (%)", xlabel=xlabel)
     axis.grid(axis="y", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

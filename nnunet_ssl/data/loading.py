@@ -11,21 +11,13 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
-from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
-from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nnunet_ssl.data.augmentation import OnDevice, split_transforms
 from nnunet_ssl.system.pool import exit_with_parent
 
-GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
-NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
 OUTSIDE = 1e-3  # normalised intensity; below it in every mask-normalised channel a voxel lies outside the mask
 
 
@@ -68,14 +60,25 @@ class Batch:
         return Batch(**{name: changed(value) for name, value in vars(self).items()})
 
 
-def to_device(item: dict, device: torch.device, weak_view: bool) -> Batch:
-    """An item of the loaders as a batch on the device, with the weak view if it is asked for."""
+def to_device(item: dict, device: torch.device, weak_view: bool, intensity: OnDevice | None = None) -> Batch:
+    """An item of the loaders as a batch on the device.
+
+    Args:
+        item: of the loaders.
+        device: of the training.
+        weak_view: the batch has it.
+        intensity: what makes the unlabeled patches of the weak view on the device; None: the loaders have made them.
+    """
 
     def move(x):
         return [move(scale) for scale in x] if isinstance(x, list) else x.to(device, non_blocking=True)
 
-    weak = move(item["unlabeled_weak"]) if weak_view else None
-    return Batch(move(item["data"]), move(item["target"]), move(item["unlabeled"]), weak)
+    weak = move(item["unlabeled_weak"]) if weak_view or intensity else None
+    if intensity is None:
+        unlabeled = move(item["unlabeled"])
+    else:
+        unlabeled, weak = intensity(weak, move(item["outside"]) if "outside" in item else None)
+    return Batch(move(item["data"]), move(item["target"]), unlabeled, weak if weak_view else None)
 
 
 class UnlabeledDataset:
@@ -123,28 +126,6 @@ class UnlabeledDataset:
             ) from error
 
 
-def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, BasicTransform, BasicTransform]:
-    """Splits nnU-Net's training transforms for images without labels: geometry, intensity, outside mask.
-
-    Mirroring moves from the end to the other spatial transforms, so that a weak view (geometry only) and a strong one
-    (geometry and intensity) show the same voxels. Everything that concerns labels only is left out.
-
-    Raises:
-        NotImplementedError: a transform of which it is not known whether it moves voxels.
-    """
-    geometry = [t for t in transforms.transforms if isinstance(t, GEOMETRY)]
-    masking = [t for t in transforms.transforms if isinstance(t, MaskImageTransform)]
-    skipped = (*GEOMETRY, MaskImageTransform, *NEEDS_LABELS)
-    intensity = [t for t in transforms.transforms if not isinstance(t, skipped)]
-    for transform in intensity:
-        if not isinstance(getattr(transform, "transform", transform), ImageOnlyTransform):
-            raise NotImplementedError(
-                f"The augmentation of unlabeled images does not support {transform}. Use nnU-Net's default training "
-                f"transforms, or extend split_transforms in nnunet_ssl/data/loading.py."
-            )
-    return ComposeTransforms(geometry), ComposeTransforms(intensity), ComposeTransforms(masking)
-
-
 class UnlabeledDataLoader(nnUNetDataLoader):
     """Random crops of unlabeled images: nnU-Net's loader without anything that a label decides.
 
@@ -158,16 +139,26 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         final_patch_size: size of the crop that the network sees.
         transforms: nnU-Net's training transforms of the labeled stream.
         weak_view: also give every crop with spatial augmentation only.
+        strong_view: give the crops with all of the augmentation; without it, what is outside of the mask comes along.
         sampling: nnU-Net's settings of the oversampling.
     """
 
     def __init__(
-        self, dataset, batch_size, patch_size, final_patch_size, label_manager, transforms, weak_view, **sampling
+        self,
+        dataset,
+        batch_size,
+        patch_size,
+        final_patch_size,
+        label_manager,
+        transforms,
+        weak_view,
+        strong_view=True,
+        **sampling,
     ):
         super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, **sampling)
         self.has_ignore = False  # crops of labeled images keep to annotated voxels; here there are none
         self.geometry, self.intensity, self.masking = split_transforms(transforms)
-        self.weak_view = weak_view
+        self.weak_view, self.strong_view = weak_view, strong_view
 
     def get_indices(self):
         self.drawn = super().get_indices()
@@ -190,13 +181,19 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         return {name: torch.stack([view[name] for view in views]) for name in views[0]}
 
     def augment(self, crop: Tensor) -> dict[str, Tensor]:
-        """The strong view `unlabeled` of a crop (C, *spatial) and, where it is asked for, `unlabeled_weak`."""
+        """Views of a crop (C, *spatial): `unlabeled` and, where it is asked for, `unlabeled_weak`.
+
+        Without the strong view: `unlabeled_weak` and the mask `outside` (1, *spatial) that belongs to it.
+        """
         sample = {"image": crop}
         if self.masking.transforms:
             # nnU-Net's mask is -1 outside; read off the image, because stored segmentations know the labels
             normalised = crop[self.masking.transforms[0].apply_to_channels]
             sample["segmentation"] = -(normalised.abs() < OUTSIDE).all(0, keepdim=True).to(torch.int16)
         weak = self.geometry(**sample)
+        if not self.strong_view:
+            outside = {"outside": weak["segmentation"] < 0} if "segmentation" in weak else {}
+            return {"unlabeled_weak": weak["image"], **outside}
         # intensity transforms work in place
         strong = self.intensity(**{**weak, "image": weak["image"].clone()})
         views = {"unlabeled": self.masking(**strong)["image"]}
@@ -256,7 +253,13 @@ class PairedDataLoader(DataLoader):
 
 
 def make_loaders(
-    train, val, unlabeled: UnlabeledDataset | None, sizes: tuple, transforms: tuple, weak_view: bool, sampling: dict
+    train,
+    val,
+    unlabeled: UnlabeledDataset | None,
+    sizes: tuple,
+    transforms: tuple,
+    views: dict[str, bool],
+    sampling: dict,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders of training and validation batches; no worker runs yet.
 
@@ -266,12 +269,12 @@ def make_loaders(
         unlabeled: of the unlabeled cases, whose crops come with those of the labeled ones; None: labeled crops alone.
         sizes: batch size, size of the crop before the spatial augmentation, and the network's.
         transforms: nnU-Net's for training and for validation.
-        weak_view: also give every unlabeled crop with spatial augmentation only.
+        views: of unlabeled crops, `weak_view` and `strong_view`.
         sampling: nnU-Net's label manager and settings of the oversampling.
     """
     training = LabeledDataLoader(train, *sizes, transforms=transforms[0], **sampling)
     if unlabeled is not None:
-        options = {"transforms": transforms[0], "weak_view": weak_view, **sampling}
+        options = {"transforms": transforms[0], **views, **sampling}
         training = PairedDataLoader(training, UnlabeledDataLoader(unlabeled, *sizes, **options))
     batch_size, _, patch_size = sizes
     return training, LabeledDataLoader(val, batch_size, patch_size, patch_size, transforms=transforms[1], **sampling)

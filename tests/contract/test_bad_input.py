@@ -168,6 +168,7 @@ BAD_ENVIRONMENT = {
     ),
     "bad_seed": ({"nnUNet_ssl_seed": "abc"}, "nnUNet_ssl_seed=abc is not a seed: set it to an integer from 0 to"),
     "large_seed": ({"nnUNet_ssl_seed": "4294967296"}, "nnUNet_ssl_seed=4294967296 is not a seed"),
+    "augment": ({"nnUNet_ssl_augment": "gpu"}, "nnUNet_ssl_augment=gpu is not known. Set it to device or workers"),
 }
 
 

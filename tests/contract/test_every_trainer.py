@@ -13,6 +13,7 @@ from tiny_trainers import every_trainer, make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.trainers.nnUNetTrainerCoM3HL import nnUNetTrainerCoM3HL
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 CASES = [("3d_fullres", "tiny_dataset"), ("2d", "tiny_dataset"), ("3d_fullres", "tiny_residual_dataset")]
@@ -273,3 +274,17 @@ def test_what_is_loaded_for_steps_on_whole_patches_is_learned_from_once(trainer_
     for item in loaded[2:]:
         for patch in (*item["data"], *item["unlabeled"]):
             assert sum(torch.equal(patch, other) for other in learned) == 1
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCPS])  # with a weak view, and without
+def test_unlabeled_patches_can_be_augmented_on_the_device(trainer_class, tiny_dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_ssl_augment", "device")
+    trainer = make_trainer(trainer_class, tiny_dataset)
+    trainer.on_train_start()
+    item = next(trainer.dataloader_train)
+    assert "unlabeled" not in item
+    batches = [trainer._to_device(item) for _ in range(8)]
+    assert (batches[0].unlabeled_weak is None) == (trainer_class is nnUNetTrainerCPS)
+    assert any(not torch.equal(batch.unlabeled, item["unlabeled_weak"]) for batch in batches)
+    trainer.network.train()
+    assert np.isfinite(trainer.train_step(item)["loss"])

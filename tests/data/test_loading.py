@@ -19,14 +19,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_ssl.data.loading import (
-    NEEDS_LABELS,
-    Batch,
-    PairedDataLoader,
-    UnlabeledDataLoader,
-    UnlabeledDataset,
-    split_transforms,
-)
+from nnunet_ssl.data.augmentation import NEEDS_LABELS, OnDevice, split_transforms
+from nnunet_ssl.data.loading import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.data.preprocessed import find_unlabeled
 
 SHAPE = (18, 20, 22)
@@ -46,8 +40,12 @@ dimensions = pytest.mark.parametrize("dim", [2, 3])
 
 @pytest.fixture(autouse=True)
 def seed():
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed_all(0)
+
+
+def seed_all(value):
+    np.random.seed(value)
+    torch.manual_seed(value)
 
 
 def training_transforms(patch=PATCH[3], *, dummy_2d=False, mask=None, mirror=True, geometry=0.0, intensity=0.0):
@@ -272,6 +270,42 @@ def test_intensity_changes_the_strong_view_only_and_voxel_by_voxel(patch, dummy_
         sample = loader.augment(crop.clone())
         torch.testing.assert_close(sample["unlabeled"], 3 * sample["unlabeled_weak"])
         assert sample["unlabeled"].any()
+
+
+@pytest.mark.parametrize("mask", [None, [True, False], [True, True]])
+@pytest.mark.parametrize("patch", [(16, 12), (8, 16, 12)], ids=["2d", "3d"])
+def test_augmentation_on_the_device_gives_the_same_views(patch, mask):
+    for intensity in (0.3, 1.0):
+        transforms = training_transforms(patch, mask=mask, geometry=1, intensity=intensity)
+        for transform in transforms.transforms:
+            if hasattr(getattr(transform, "transform", None), "benchmark"):
+                transform.transform.benchmark = False  # two ways of blurring differ by rounding
+        data, manager = UnlabeledDataset({}), LabelManager({"background": 0, "blob": 1}, None)
+        crop, _ = masked_crop(2, patch)
+        for number in range(6):
+            found = []
+            for strong_view in (True, False):
+                loader = UnlabeledDataLoader(data, 1, patch, patch, manager, transforms, True, strong_view)
+                seed_all(number)
+                sample = {name: view[None] for name, view in loader.augment(crop.clone()).items()}
+                if not strong_view:
+                    assert "unlabeled" not in sample
+                    strong, weak = OnDevice(transforms)(sample["unlabeled_weak"], sample.get("outside"))
+                    sample = {"unlabeled": strong, "unlabeled_weak": weak}
+                found.append(sample)
+            for name, view in found[0].items():
+                assert torch.equal(view, found[1][name]), name
+            assert not torch.equal(found[0]["unlabeled"], found[0]["unlabeled_weak"]) or intensity < 1
+
+
+@pytest.mark.parametrize("patch", [(16, 12), (8, 16, 12)], ids=["2d", "3d"])
+def test_augmentation_on_the_device_waits_for_nothing_there_and_needs_nothing_from_here(patch):
+    """A tensor without values: reading one raises, and so does an operation with a tensor that is elsewhere."""
+    transforms = training_transforms(patch, mask=[True, False], intensity=1)
+    weak, outside = torch.empty(3, 2, *patch, device="meta"), torch.empty(3, 1, *patch, device="meta", dtype=torch.bool)
+    for view in OnDevice(transforms)(weak, outside):
+        assert view.is_meta
+        assert view.shape == weak.shape
 
 
 def test_views_show_the_same_anatomy_when_every_transform_fires():
