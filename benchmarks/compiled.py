@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("-tr", dest="trainers", nargs="+", default=[trainer.__name__ for trainer in every_trainer()])
     parser.add_argument("--repeats", type=int, default=10, help=f"pairs of blocks of {BLOCK} steps")
     args = parser.parse_args()
-    args.device = "cpu"
+    args.device, args.supervised = "cpu", False
     torch.set_num_threads(1)
     folder = Path(nnUNet_preprocessed) / str(maybe_convert_to_dataset_name(int(args.dataset)))
     lines = [

@@ -69,13 +69,14 @@ def report(args) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "nnunetv2", "nnunet-ssl"))
     lines = [f"{card}, {versions}, Python {platform.python_version()}; {args.dataset}, {args.configuration}.", ""]
     if not args.without_tests:
-        lines += [f"Tests on the GPU: {tests()}", ""]
+        lines += [f"Tests on the GPU: {tests(args.device)}", ""]
     lines += [
         "| trainer | compiled | step (ms) | / stock | by passes | first (s) | memory (GiB) | / stock | waits "
         "| loading (ms) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     file = args.output / f"gpu_{card.split(' (')[0].replace(' ', '_')}.md"
+    args.output.mkdir(parents=True, exist_ok=True)
     trainers = ["nnUNetTrainer", *(args.trainers or PASSES)]
     for compiled in (False, True) if args.device == "cuda" else (False,):
         stock = None
@@ -86,34 +87,38 @@ def report(args) -> None:
                 reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
                 lines.append(f"| {name} | {'yes' if compiled else 'no'} | failed: {reason[:200]} | | | | | | | |")
             else:
-                stock = stock or row
+                stock = row if name == "nnUNetTrainer" else stock
                 lines.append(line(name, compiled, row, stock, PASSES.get(name, (1, 1))))
             print(lines[-1], flush=True)
             file.write_text("\n".join(lines) + "\n")
     print(f"Written: {file}")
 
 
-def line(name: str, compiled: bool, row: dict, stock: dict, passes: tuple[int, int]) -> str:
+def line(name: str, compiled: bool, row: dict, stock: dict | None, passes: tuple[int, int]) -> str:
+    """A row of the table; without ratios where stock nnU-Net could not be measured."""
     on_gpu = row["memory"] > 0
     cells = [
         name,
         "yes" if compiled else "no",
         f"{row['step']:.1f}",
-        f"{row['step'] / stock['step']:.2f}",
+        f"{row['step'] / stock['step']:.2f}" if stock else "",
         f"{(passes[0] + 2 * passes[1]) / 3:.2f}",
         f"{row['first']:.1f}",
         f"{row['memory']:.2f}" if on_gpu else "",
-        f"{row['memory'] / stock['memory']:.2f}" if on_gpu else "",
+        f"{row['memory'] / stock['memory']:.2f}" if stock and on_gpu else "",
         str(row["waits"]) if on_gpu else "",
         f"{row['loading']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def tests() -> str:
+def tests(device: str) -> str:
     """The last line of pytest on the tests that need a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", HERE.parent / "tests/contract/test_cuda.py"]
-    found = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=HERE.parent)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    found = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=HERE.parent, env=environment
+    )
     return (found.stdout.strip().splitlines() or [found.stderr])[-1]
 
 
@@ -131,6 +136,7 @@ def measured(args) -> dict:
     from nnunetv2.run.run_training import get_trainer_from_args
 
     device, cuda = torch.device(args.device), args.device == "cuda"
+    torch.backends.cudnn.benchmark = cuda  # as nnUNetv2_train
     fold = int(args.fold) if args.fold.isdecimal() else args.fold
     trainer = get_trainer_from_args(args.dataset, args.configuration, fold, args.one, device=device)
     trainer.on_train_start()

@@ -97,12 +97,12 @@ class Run:
     def row(self) -> str:
         how = [
             *["predicted foreground"] * self.predicted_foreground,
-            *[f"labels of {len(self.labelers)}"] * bool(self.labelers),
+            *[f"labels of {listed(self.labelers)}"] * bool(self.labelers),
             *["uncertain ignored"] * self.ignore_uncertain,
             *[f"without the worst {self.drop_worst}"] * bool(self.drop_worst),
             *["alone"] * self.alone,
             *[" + ".join(self.networks)] * bool(self.networks),
-            *[f"ensemble of {len(self.ensemble)}"] * bool(self.ensemble),
+            *[f"ensemble of {listed(self.ensemble)}"] * bool(self.ensemble),
         ]
         return ", ".join([self.method, *self.settings, *how])
 
@@ -123,6 +123,10 @@ class Run:
         """The run's own first, then those of the other labelers."""
         seeds = dict.fromkeys((self.seed, *self.labelers))
         return [Run(self.task, FIRST_PHASE, seed, device=self.device, bf16=self.bf16) for seed in seeds]
+
+
+def listed(seeds: Sequence[int]) -> str:
+    return f"seeds {' '.join(map(str, seeds))}"
 
 
 @contextmanager
@@ -231,13 +235,19 @@ def label_scans(run: Run, dataset: str) -> tuple[str, float]:
         folder = Path(nnUNet_results) / run.task / f"labels_{number}"
     name, done = f"Dataset{number}_{dataset[11:]}PseudoLabels", folder / LABELING_SECONDS
     with locked(folder / "lock"):
+        by, of = folder / "labelers.json", [run.labelers, run.ignore_uncertain, run.drop_worst]
+        if run.labelers and not by.is_file():
+            by.write_text(json.dumps(of))
+        known = not run.labelers or by.read_text() == json.dumps(of)
+        labeled = folder / "labels_are_written"
+        if not known or ((Path(nnUNet_raw) / name).is_dir() and not labeled.is_file()):
+            raise RuntimeError(
+                f"{Path(nnUNet_raw) / name} has other labels, see {folder}. Remove both, and {name} in "
+                f"nnUNet_preprocessed."
+            )
         if done.is_file():
             return name, cpu_seconds(done)
-        begin, labeled = resource.getrusage(resource.RUSAGE_CHILDREN), folder / "labels_are_written"
-        if (Path(nnUNet_raw) / name).is_dir() and not labeled.is_file():
-            raise RuntimeError(
-                f"{Path(nnUNet_raw) / name} has labels of other models. Remove it, also in nnUNet_preprocessed."
-            )
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
         ours = [sys.executable, __file__, "command"] if run.bf16 else ["nnunet-ssl"]
         label = [*ours, "pseudo-label", "-d", task.dataset, "-c", f"{task.base}_quick", "-f", task.fold, "-o", number]
         label += ["-np", 1, "-device", run.device]
@@ -343,8 +353,12 @@ def runs_of(args) -> list[Run]:
     labels = args.predicted_foreground or args.labelers or args.ignore_uncertain or args.drop_worst
     if args.alone and (SELF_TRAINING in args.methods or labels):
         raise SystemExit("--alone has no first phase that could label the unlabeled scans.")
-    if (args.ignore_uncertain or args.drop_worst) and not args.labelers:
+    if (args.ignore_uncertain or args.drop_worst) and len(args.labelers) < 2:
         raise SystemExit("One model does not disagree with itself: give --labelers, as 0 1 2.")
+    if args.labelers and (args.predicted_foreground or set(args.methods) != {SELF_TRAINING}):
+        raise SystemExit("--labelers is for self-training alone.")
+    if not {*args.seeds, *args.labelers} <= {0, 1, 2} and {SELF_TRAINING} & set(args.methods):
+        raise SystemExit("Predicted labels have dataset ids for the seeds 0, 1 and 2.")
     options = {
         "settings": tuple(args.settings),
         "alone": args.alone,

@@ -1,11 +1,14 @@
 """Cost of a training step of our trainers against nnUNetTrainer's on the same plans: paired time ratio, peak memory.
 
-    python benchmarks/step_time.py -d 501 -c la_quick [-tr nnUNetTrainerM3HL nnUNetTrainerM3] [--repeats 20]
+    python benchmarks/step_time.py -d 501 -c 3d_fullres_quick [-tr nnUNetTrainerM3HL nnUNetTrainerM3] [--repeats 20]
+    python benchmarks/step_time.py -d 501 -c 3d_fullres_quick -tr nnUNetTrainerM3HL --supervised
 
 Time: both trainers live in one process and take turns, block by block, on batches that are in memory already; the
 ratio of every pair of blocks is taken, so that a machine whose speed drifts does not disturb it. Memory: each trainer
 in a process of its own, peak resident size on the CPU and peak allocated memory on a GPU, minus what the process had
 with all libraries imported: weights, teacher, gradients, momentum, batches and graphs.
+
+With --supervised, the supervised phase of our trainers: it is stock nnU-Net's step, and loading counts as well.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("nnUNet_n_proc_DA", "0")
@@ -50,20 +54,25 @@ def find_trainer(name: str, args):
 
 
 def prepared(name: str, args) -> tuple:
+    """A trainer in its training, and the batches for a block: in memory, or with --supervised its loader."""
     trainer = find_trainer(name, args)
+    if args.supervised:
+        trainer.supervised_part = 0.5
     trainer.on_train_start()
     trainer.network.train()
+    if args.supervised:
+        return trainer, trainer.dataloader_train
     trainer.step = trainer.max_steps // 3 if hasattr(trainer, "max_steps") else 0  # all terms are there
     return trainer, [next(trainer.dataloader_train) for _ in range(BLOCK)]
 
 
 def seconds(trainer, batches) -> float:
     begin = time.perf_counter()
-    for batch in batches:
+    for batch in islice(batches, BLOCK):
         trainer.train_step(batch)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / len(batches)
+    return (time.perf_counter() - begin) / BLOCK
 
 
 def peak_memory(name: str, args, queue) -> None:
@@ -115,8 +124,10 @@ def main() -> None:
     parser.add_argument("-device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20, help=f"pairs of blocks of {BLOCK} steps")
+    parser.add_argument("--supervised", action="store_true", help="measure the supervised phase, loading included")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = args.device == "cuda"  # as nnUNetv2_train
 
     stock, stock_batches = prepared("nnUNetTrainer", args)
     stock_memory = memory("nnUNetTrainer", args)
@@ -131,10 +142,13 @@ def main() -> None:
         pairs = [(seconds(trainer, batches), seconds(stock, stock_batches)) for _ in range(args.repeats)]
         ratios = sorted(ours / theirs for ours, theirs in pairs)
         stock_seconds = statistics.median(theirs for _, theirs in pairs)
-        forward, backward = PASSES[name]
+        forward, backward = (1, 1) if args.supervised else PASSES[name]
         count, ratio = (forward + 2 * backward) / 3, statistics.median(ratios)
         peak = memory(name, args) / stock_memory
-        record_ratios(f"{args.configuration}, {args.device}", {f"step, {name}": ratio, f"memory, {name}": peak})
+        kind = "supervised phase, " * args.supervised
+        record_ratios(
+            f"{args.configuration}, {args.device}", {f"{kind}step, {name}": ratio, f"{kind}memory, {name}": peak}
+        )
         lines.append(
             f"| {name} | {forward} + {backward} | {count:.2f} | {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
             f"| {100 * (ratio / count - 1):+.0f} % | {1000 * stock_seconds:.0f} ms "
@@ -148,7 +162,9 @@ def main() -> None:
     results.mkdir(exist_ok=True)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
     header = f"Configuration `{args.configuration}`, {where}, torch {torch.__version__}.\n\n"
-    (results / f"step_time_{args.configuration}_{args.device}.md").write_text(header + table + "\n")
+    (results / f"step_time_{args.configuration}_{args.device}{'_supervised' * args.supervised}.md").write_text(
+        header + table + "\n"
+    )
 
 
 if __name__ == "__main__":

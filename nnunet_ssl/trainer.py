@@ -167,6 +167,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.companions = SimpleNamespace(**companions)
         broadcast(vars(self.companions).values())  # as nnU-Net does with its network
         if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
             self.loss = self._build_loss()  # with nnU-Net's compiled Dice
             for network in (self.network, *vars(self.companions).values()):
                 compile_in_place(network)

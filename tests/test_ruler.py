@@ -54,3 +54,17 @@ def test_a_class_that_is_not_found_counts_as_zero(tmp_path):
         sitk.WriteImage(sitk.GetImageFromArray(mask), str(tmp_path / f"{name}.nii.gz"))
     files = tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"
     assert methods.case_means(*files, [1, 2, 3], "voxels") == [50, 0, 0]  # class 3 is in neither
+
+
+def test_labels_of_other_models_are_not_taken_for_those_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "nnUNet_results", str(tmp_path))
+    monkeypatch.setattr(methods, "nnUNet_raw", str(tmp_path / "raw"))
+    first = methods.Run("LA-4", "self-training", 0, labelers=(0, 1, 2))
+    folder = tmp_path / "LA-4/labels_523"
+    folder.mkdir(parents=True)
+    (folder / methods.LABELING_SECONDS).write_text('{"labeling": 3.0}')  # done
+    assert methods.label_scans(first, "Dataset501_LA") == ("Dataset523_LAPseudoLabels", 3)
+    other = methods.Run("LA-4", "self-training", 0, labelers=(0, 1))
+    assert first.row != other.row
+    with pytest.raises(RuntimeError, match=r"Dataset523_LAPseudoLabels has other labels"):
+        methods.label_scans(other, "Dataset501_LA")

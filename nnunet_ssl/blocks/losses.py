@@ -48,22 +48,27 @@ def labeled_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Ten
     """
     plain = full_resolution(loss)
     ignores = getattr(plain, "ignore_label", None) is not None or getattr(plain, "use_ignore_label", False)
-    if type(plain) not in (DC_and_CE_loss, DC_and_BCE_loss) or not ignores:
+    if not ignores or not _can_be_masked(plain):
         return loss(output, target)
     labels = target if isinstance(target, Tensor) else target[0]
     return masked_loss(loss, output, labels, torch.ones_like(labels[:, :1], dtype=torch.bool))
 
 
+def _can_be_masked(loss: nn.Module) -> bool:
+    """Whether it is nnU-Net's Dice and cross entropy without class weights and label smoothing."""
+    if type(loss) not in (DC_and_CE_loss, DC_and_BCE_loss):
+        return False
+    weights = (loss.ce.weight, getattr(loss.ce, "pos_weight", None))
+    return all(weight is None for weight in weights) and not getattr(loss.ce, "label_smoothing", 0)
+
+
 def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    regions = type(loss) is DC_and_BCE_loss
-    plain = regions or type(loss) is DC_and_CE_loss
-    weighted = plain and (loss.ce.weight is not None or getattr(loss.ce, "pos_weight", None) is not None)
-    if not plain or weighted or getattr(loss.ce, "label_smoothing", 0):
+    if not _can_be_masked(loss):
         raise NotImplementedError(
             f"The masked loss is implemented for nnU-Net's DC_and_CE_loss and DC_and_BCE_loss without class weights "
             f"and label smoothing, not for {loss}."
         )
-    mask = mask.bool()
+    mask, regions = mask.bool(), type(loss) is DC_and_BCE_loss
     if regions and loss.use_ignore_label:
         mask, target = mask & ~target[:, -1:].bool(), target[:, :-1]
     elif not regions and loss.ignore_label is not None:

@@ -5,8 +5,13 @@ from copy import deepcopy
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -16,6 +21,14 @@ from torch import Tensor
 
 GEOMETRY = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 NEEDS_LABELS = (SegOnlyTransform, MoveSegAsOneHotToDataTransform)
+KNOWN_ON_DEVICE = (
+    GaussianNoiseTransform,
+    GaussianBlurTransform,
+    MultiplicativeBrightnessTransform,
+    ContrastTransform,
+    SimulateLowResolutionTransform,
+    GammaTransform,
+)
 AUGMENT = "nnUNet_ssl_augment"  # environment variable
 
 
@@ -36,7 +49,7 @@ def split_transforms(transforms: ComposeTransforms) -> tuple[BasicTransform, Bas
         if not isinstance(getattr(transform, "transform", transform), ImageOnlyTransform):
             raise NotImplementedError(
                 f"The augmentation of unlabeled images does not support {transform}. Use nnU-Net's default training "
-                f"transforms, or extend split_transforms in nnunet_ssl/data/loading.py."
+                f"transforms, or extend split_transforms in nnunet_ssl/data/augmentation.py."
             )
     return ComposeTransforms(geometry), ComposeTransforms(intensity), ComposeTransforms(masking)
 
@@ -60,6 +73,9 @@ class OnDevice:
 
     Args:
         transforms: nnU-Net's training transforms of the labeled stream.
+
+    Raises:
+        NotImplementedError: a transform that nnU-Net does not use by default; others make tensors on the host.
     """
 
     def __init__(self, transforms: ComposeTransforms):
@@ -67,6 +83,8 @@ class OnDevice:
         own = deepcopy(intensity.transforms)  # the loaders go on with theirs
         self.transforms = [(getattr(t, "transform", t), getattr(t, "apply_probability", 1)) for t in own]
         for transform, _ in self.transforms:
+            if not isinstance(transform, KNOWN_ON_DEVICE):
+                raise NotImplementedError(f"{AUGMENT}=device does not support {transform}. Unset {AUGMENT}.")
             if isinstance(transform, GaussianBlurTransform):
                 transform.benchmark = False  # a clock on the host cannot tell which way of blurring is faster
         self.masked = [channel for mask in masking.transforms for channel in mask.apply_to_channels]

@@ -7,7 +7,10 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """In the block, the attribute `name` of `owner` has another value; afterwards its own one again."""
+    """In the block, the attribute `name` of `owner` has another value; afterwards its own one again.
+
+    Not for the parameters and parts of a torch module, which are no attributes of the object itself.
+    """
     inherited, own = name not in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -59,6 +59,8 @@ class KeptItems:
         return self.item
 
     def __getattr__(self, name):
+        if name == "loader":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
 

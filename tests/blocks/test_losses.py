@@ -123,6 +123,25 @@ def test_the_loss_on_labeled_patches_is_nnunets_and_waits_for_no_count(deep, ign
     torch.testing.assert_close(gradients(ours, logits), grads)
 
 
+@pytest.mark.parametrize("settings", [{"label_smoothing": 0.1}, {"weight": torch.tensor([1.0, 2, 3])}])
+def test_a_loss_that_cannot_be_masked_is_left_to_nnunet(settings):
+    dice = {"batch_dice": False, "smooth": SMOOTH, "do_bg": False, "ddp": False}
+    loss = DC_and_CE_loss(dice, settings, ignore_label=3, dice_class=MemoryEfficientSoftDiceLoss)
+    logits, target = random_logits(3, 3)[0], random_target(4, 3)
+    assert torch.equal(labeled_loss(loss, logits, target), loss(logits, target))
+
+
+@pytest.mark.parametrize("ignore_label", [False, True])
+def test_the_loss_on_labeled_patches_with_regions_is_nnunets(ignore_label):
+    dice = {"batch_dice": False, "smooth": SMOOTH, "do_bg": True, "ddp": False}
+    loss = DC_and_BCE_loss({}, dice, use_ignore_label=ignore_label, dice_class=MemoryEfficientSoftDiceLoss)
+    logits = random_logits(2, 3)[0]
+    target = (torch.rand(3, 2 + ignore_label, *PATCH[3]) < 0.4).float()
+    ours, expected = labeled_loss(loss, logits, target), loss(logits, target)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients(ours, [logits]), gradients(expected, [logits]))
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_weights_of_the_two_terms_are_nnunets(deep):
     loss = nnunet_loss(deep=deep, weight_ce=0.3, weight_dice=2)

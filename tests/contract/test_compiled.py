@@ -102,9 +102,7 @@ def test_every_network_is_compiled_and_computes_the_same(trainer_class, tiny_dat
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCoLearning])
-@pytest.mark.parametrize(
-    ("fixture", "configuration"), [("tiny_dataset", "2d"), ("tiny_residual_dataset", "3d_fullres")]
-)
+@pytest.mark.parametrize(("fixture", "configuration"), OTHERS)
 def test_two_dimensions_and_residual_networks(trainer_class, fixture, configuration, compiling, request):
     data = request.getfixturevalue(fixture)
     _, _, eager, (losses, expected) = both(trainer_class, data, configuration, compiling)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import BrightnessAdditiveTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -300,12 +301,19 @@ def test_augmentation_on_the_device_gives_the_same_views(patch, mask):
 
 @pytest.mark.parametrize("patch", [(16, 12), (8, 16, 12)], ids=["2d", "3d"])
 def test_augmentation_on_the_device_waits_for_nothing_there_and_needs_nothing_from_here(patch):
-    """A tensor without values: reading one raises, and so does an operation with a tensor that is elsewhere."""
+    """A tensor without values: reading one raises, and so do most operations with a tensor that is elsewhere."""
     transforms = training_transforms(patch, mask=[True, False], intensity=1)
     weak, outside = torch.empty(3, 2, *patch, device="meta"), torch.empty(3, 1, *patch, device="meta", dtype=torch.bool)
     for view in OnDevice(transforms)(weak, outside):
         assert view.is_meta
         assert view.shape == weak.shape
+
+
+def test_augmentation_on_the_device_refuses_transforms_that_make_tensors_on_the_host():
+    other = RandomTransform(BrightnessAdditiveTransform(0, 1))
+    transforms = ComposeTransforms([*training_transforms().transforms, other])
+    with pytest.raises(NotImplementedError, match=r"does not support Brightness.*Unset nnUNet_ssl"):
+        OnDevice(transforms)
 
 
 def test_views_show_the_same_anatomy_when_every_transform_fires():
