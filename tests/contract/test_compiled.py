@@ -5,7 +5,9 @@ nnU-Net does not compile on a CPU; here it is told to.
 
 import shutil
 import sys
+import sysconfig
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: g++")
+NEEDED = shutil.which("g++") is not None and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+pytestmark = pytest.mark.skipif(not NEEDED, reason="torch.compile needs a C++ compiler, g++, and Python's headers")
 CONVOLUTIONS = {module.forward.__code__ for module in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 OTHERS = [("tiny_dataset", "2d"), ("tiny_residual_dataset", "3d_fullres")]  # plain and 3D are tested everywhere
 
