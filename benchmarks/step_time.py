@@ -46,6 +46,7 @@ PASSES = {
     "nnUNetTrainerCoLearning": (7, 6),
     "nnUNetTrainerCoM3HL": (3, 2),
     "nnUNetTrainerFixMatch": (3, 2),
+    "nnUNetTrainerCutMixMT": (3, 2),
 }
 
 

@@ -1,4 +1,4 @@
-"""Steps of Mean Teacher, UA-MT, CPS, BCP and FixMatch against direct implementations of their equations."""
+"""Steps of Mean Teacher, UA-MT, CPS, BCP, FixMatch and CutMix against direct implementations of their equations."""
 
 import math
 
@@ -10,12 +10,13 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.mixing import box_mask
 from nnunet_ssl.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunet_ssl.trainers.nnUNetTrainerCutMixMT import nnUNetTrainerCutMixMT
 from nnunet_ssl.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
-RAMPED = [nnUNetTrainerMeanTeacher, nnUNetTrainerUAMT, nnUNetTrainerCPS]
+RAMPED = [nnUNetTrainerMeanTeacher, nnUNetTrainerUAMT, nnUNetTrainerCPS, nnUNetTrainerCutMixMT]
 
 
 def clipped_noise(x, deviation):
@@ -253,5 +254,30 @@ def test_fixmatch(labels, labels_dataset, size):
     expected = {
         "supervised": labels.dice_and_cross_entropy(student(batch.image), batch.target),
         "pseudo": 0.7 * labels.dice_and_cross_entropy(student(torch.stack(images)), torch.stack(targets)),
+    }
+    assert_terms(groups, expected)
+
+
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
+@pytest.mark.parametrize("size", [1, 3])
+def test_cutmix(labels, labels_dataset, size):
+    trainer = started(nnUNetTrainerCutMixMT, labels_dataset, consistency_weight=0.7)
+    batch = labels.random_batch(size)
+    seed(5)
+    groups = list(trainer.losses(batch))
+
+    seed(5)
+    student, teacher = trainer.network, trainer.companions.teacher
+    keep = box_mask(size, (16, 16, 16), side=0.5 ** (1 / 3))
+    assert keep[0].float().mean() == pytest.approx(0.5, abs=0.05)
+    said = labels.probabilities(teacher(batch.unlabeled_weak))
+    images, targets = [], []
+    for i in range(size):
+        images.append(torch.where(keep[i], batch.unlabeled[i], batch.unlabeled[i - 1]))
+        targets.append(torch.where(keep[i], said[i], said[i - 1]))
+    difference = labels.probabilities(student(torch.stack(images))) - torch.stack(targets)
+    expected = {
+        "supervised": labels.dice_and_cross_entropy(student(batch.image), batch.target),
+        "consistency": 0.7 * (difference**2).mean(),
     }
     assert_terms(groups, expected)
