@@ -108,7 +108,7 @@ def use_bf16(trainer) -> None:
     def initialize_with_float_logits():
         initialize()
         for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
-            for layer in network.decoder.seg_layers:
+            for layer in (layer for module in network.modules() for layer in getattr(module, "seg_layers", ())):
                 layer.register_forward_hook(lambda module, inputs, output: output.float())
 
     trainer.initialize = initialize_with_float_logits

@@ -47,6 +47,11 @@ PASSES = {
     "nnUNetTrainerCoM3HL": (3, 2),
     "nnUNetTrainerFixMatch": (3, 2),
     "nnUNetTrainerCutMixMT": (3, 2),
+    "nnUNetTrainerMCNet": (2, 2),
+    "nnUNetTrainerURPC": (2, 2),
+    "nnUNetTrainerOMF": (2, 2),  # of its first phase; the second one has one backward pass less
+    "nnUNetTrainerADMT": (5, 2),
+    "nnUNetTrainerPSC": (4, 3),
 }
 
 

@@ -75,6 +75,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """The network that is validated and saved as `network_weights`."""
         return self.network
 
+    def streams(self) -> tuple[bool, bool]:
+        """Whether this step learns from labeled and from unlabeled patches: what no step of an epoch needs is not loaded.
+
+        The batch then has None there.
+        """
+        return True, True
+
     def same_patches(self) -> bool:
         """Whether this step learns from those patches of the step before that were left over: nothing is loaded."""
         return False
@@ -222,12 +229,24 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.print_to_log_file(description, add_timestamp=False)
         sampling = {name: getattr(self, name) for name in SAMPLING}
         sizes = (self.batch_size, initial_patch_size, configuration.patch_size)
-        others = None if self.supervised_phase else unlabeled
+        streams = zip((train, unlabeled), self._streams_of(self.current_epoch), strict=True)
+        used = [data if is_used else None for data, is_used in streams]
         self._intensity = OnDevice(transforms) if self._augments_on_device else None
         views = {"weak_view": self.weak_view, "strong_view": self._intensity is None}
-        loaders = make_loaders(train, val, others, sizes, (transforms, val_transforms), views, sampling)
+        loaders = make_loaders(*used, val, sizes, (transforms, val_transforms), views, sampling)
         train, val = start_loaders(*loaders, self.device, self.num_input_channels, folder / "dataset.json")
         return (train if self.supervised_phase else KeptItems(train, self.same_patches)), val
+
+    def _streams_of(self, epoch: int) -> tuple[bool, bool]:
+        # what any of its steps needs; a method changes its streams once, so that the first and the last step tell
+        if epoch < self.supervised_epochs:
+            return True, False
+        begin = (epoch - self.supervised_epochs) * self.num_iterations_per_epoch
+        found = []
+        for step in (begin, begin + self.num_iterations_per_epoch - 1):
+            with replaced(self, "step", step):
+                found.append(self.streams())
+        return tuple(map(any, zip(*found, strict=True)))
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         networks = [*vars(self.companions).values()]
@@ -263,11 +282,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             stop_loaders(self.dataloader_train, self.dataloader_val)
 
     def on_train_epoch_start(self) -> None:
-        if self.step == 0 and 0 < self.supervised_epochs == self.current_epoch:
+        epoch = self.current_epoch
+        begins = self.step == 0 and 0 < self.supervised_epochs == epoch
+        if begins:
             self.print_to_log_file("The semi-supervised phase begins: companions, learning rate and momentum are new.")
             self._restart_companions()
             self._restart_optimizer()
             self._best_ema = None  # the Dice falls at first: the best of this phase shall be kept
+        # also where a training is continued, whose loaders are new: it goes on with the same random numbers
+        if begins or (epoch > 0 and self._streams_of(epoch) != self._streams_of(epoch - 1)):
             stop_loaders(self.dataloader_train, self.dataloader_val)
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         super().on_train_epoch_start()
@@ -299,6 +322,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         update_weights(self.optimizer, self.trained_networks(), self.max_gradient_norm, self.grad_scaler)
         self.after_step()
         self.step += 1
+        images = {f"labeled images ({', '.join(keys)})": batch.image, "unlabeled images": batch.unlabeled}
+        images = {name: image for name, image in images.items() if image is not None}
         if self.step % self.num_iterations_per_epoch == 0 and self.local_rank == 0:
             networks, ramp = self.segmenting_networks(), {"ramp": self.ramp} if self.rampup > 0 else {}
             labeler = networks[pseudo_labeler(networks)]
@@ -306,7 +331,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # one copy to the host for all terms, where nnU-Net has one for its loss
         values = torch.stack([value.float() for value in terms.values()]).cpu().numpy()
         by_name = dict(zip(terms, values, strict=True))
-        images = {f"labeled images ({', '.join(keys)})": batch.image, "unlabeled images": batch.unlabeled}
         self.health.check_terms(by_name, images, self.step, self.current_epoch, Path(self.output_folder))
         return {"loss": values.sum(), **by_name}
 

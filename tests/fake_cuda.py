@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 import torch
-from tiny_trainers import make_trainer, seed
+from tiny_trainers import EVERY_STREAM, make_trainer, seed
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -114,7 +114,7 @@ def fake_step(trainer_class, dataset, configuration="3d_fullres", part=0.0, batc
     seed()
 
     def made():
-        trainer = make_trainer(trainer_class, dataset, configuration, **{"num_iterations_per_epoch": 1000} | settings)
+        trainer = make_trainer(trainer_class, dataset, configuration, **EVERY_STREAM | {"num_iterations_per_epoch": 1000} | settings)
         trainer.configuration_manager.configuration["batch_size"] = batch_size
         return trainer
 

@@ -59,6 +59,10 @@ def make_trainer(trainer: type, dataset: Path, configuration: str = "3d_fullres"
     return made
 
 
+# setting of a trainer whose loaders give labeled and unlabeled patches in every epoch, whether it needs both or not
+EVERY_STREAM = {"_streams_of": lambda epoch: (True, True)}
+
+
 def seed(value: int = 0) -> None:
     torch.manual_seed(value)
     np.random.seed(value)

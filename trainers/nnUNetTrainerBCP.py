@@ -31,11 +31,17 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
     def build_companions(self):
         return {"teacher": frozen_copy(self.network)}
 
+    def streams(self):
+        return True, not self.is_pretraining()
+
+    def is_pretraining(self):
+        return self.step < self.pretraining * self.max_steps
+
     def losses(self, batch):
         size, patch, device = len(batch.image), batch.image.shape[2:], batch.image.device
         # nnU-Net puts the patches with foreground last: the halves take turns, and so do samples that are in both
         batch = batch.rolled(self.step * ((size + 1) // 2))
-        if self.step < self.pretraining * self.max_steps:
+        if self.is_pretraining():
             mask = box_mask(size, patch, side=self.box_side, device=device)
             # every sample is the background of one mix and the box of another
             image = mix(batch.image, batch.image.roll(size // 2, 0), mask)

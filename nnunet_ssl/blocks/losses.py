@@ -145,6 +145,24 @@ def probability_mse(probabilities: Tensor, target: Tensor, mask: Tensor | None =
     return (difference * mask).sum() / mask.sum().clamp_min(1)
 
 
+def kl_divergence(target: Tensor, logits: Tensor, *, regions: bool = False) -> Tensor:
+    """KL(target || prediction) of every voxel: sum over the classes, or over the yes-no questions of the regions.
+
+    Args:
+        target: probabilities (B, C, *spatial), float32. Its gradient is left to the caller.
+        logits: of the prediction, same shape; taken in float32.
+        regions: the channels are overlapping regions.
+
+    Returns:
+        (B, 1, *spatial), at least 0.
+    """
+    logits = logits.float()
+    if not regions:
+        return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1, keepdim=True)
+    yes = F.kl_div(F.logsigmoid(logits), target, reduction="none")
+    return (yes + F.kl_div(F.logsigmoid(-logits), 1 - target, reduction="none")).sum(1, keepdim=True)
+
+
 def downsample(x: Tensor, like: Tensor) -> Tensor:
     """Resizes labels or masks (B, C, *spatial) to the spatial shape of `like` by nearest neighbour, dtype kept.
 

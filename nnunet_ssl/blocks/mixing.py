@@ -125,6 +125,51 @@ def box_mask(
     return ~inside
 
 
+def random_order(
+    batch_size: int, patch: Sequence[int], *, cells: int = 4, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Random orders of the cells of two images, one per sample: (batch_size, twice the number of cells), int64."""
+    total = 2 * prod(grid_shape(patch, cells))
+    return torch.rand((batch_size, total), device=device).argsort(1)
+
+
+def shuffle_cells(first: Tensor, second: Tensor, order: Tensor, *, cells: int = 4) -> tuple[Tensor, Tensor]:
+    """Distributes the cells of two images over both, at other places: cell i of the result is cell order[i] of both.
+
+    `order.argsort(1)` undoes it. The cells are equal; what remains of an axis at its end stays where it is. The same
+    order shuffles images and targets, so that they agree (PSC).
+
+    Args:
+        first: (B, C, *spatial).
+        second: the same shape; its cells are counted on from those of the first one.
+        order: from `random_order`.
+        cells: cells per axis, as for `block_mask`.
+
+    Returns:
+        Two new tensors of that shape.
+    """
+    grid = grid_shape(first.shape[2:], cells)
+    images = torch.stack([first, second], 1)  # (B, 2, C, *spatial)
+    sizes = [size // count for size, count in zip(first.shape[2:], grid, strict=True)]
+    covered = (..., *(slice(0, count * size) for count, size in zip(grid, sizes, strict=True)))
+    axes = len(grid)
+    # every axis as cells and voxels of a cell; then all cells in front
+    divided = images[covered].unflatten(3, (grid[0], sizes[0]))
+    for axis in range(1, axes):
+        divided = divided.unflatten(3 + 2 * axis, (grid[axis], sizes[axis]))
+    forward = [0, 1, *range(3, 3 + 2 * axes, 2), 2, *range(4, 4 + 2 * axes, 2)]
+    divided = divided.permute(forward)
+    samples = torch.arange(len(order), device=order.device)[:, None]
+    shuffled = divided.flatten(1, 1 + axes)[samples, order].view(divided.shape)
+    result = images.clone()
+    result[covered] = shuffled.permute(*_inverse(forward)).reshape(images[covered].shape)
+    return result[:, 0], result[:, 1]
+
+
+def _inverse(permutation: Sequence[int]) -> list[int]:
+    return sorted(range(len(permutation)), key=permutation.__getitem__)
+
+
 def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """Takes each voxel from `first` where the mask is 1 and from `second` where it is 0.
 

@@ -139,7 +139,11 @@ def set_deep_supervision(networks: Iterable[nn.Module], enabled: bool) -> None:
 
 def logits(network: nn.Module, x: Tensor) -> Tensor:
     """Full-resolution logits (B, C, *spatial), with deep supervision on or off."""
-    output = network(x)
+    return finest(network(x))
+
+
+def finest(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """The full-resolution logits of an output, with deep supervision on or off."""
     return output[0] if isinstance(output, list | tuple) else output
 
 
@@ -193,22 +197,44 @@ def with_interpolation(network: nn.Module) -> nn.Module:
     The convolutions are new and random, everything else is a copy.
     """
     copy = deepcopy(unwrap(network))
-    for index, transposed in enumerate(copy.decoder.transpconvs):
-        upsampling = InterpolationConv(transposed)
-        upsampling.apply(copy.initialize)
-        copy.decoder.transpconvs[index] = upsampling
+    _interpolate(copy.decoder, copy.initialize, nearest=False)
     return copy
 
 
-class InterpolationConv(nn.Module):
-    """Linear interpolation by the stride of a transposed convolution, then a convolution with 3 voxels per axis."""
+def further_decoder(network: nn.Module, *, nearest: bool = False) -> nn.Module:
+    """A second decoder for the encoder of a U-Net, which upsamples by interpolation and a convolution (MC-Net).
 
-    def __init__(self, transposed: nn.Module):
+    The convolutions are new and random, everything else is a copy. It takes the stage outputs of the encoder, which is
+    no part of it, where nnU-Net's own decoders register the encoder once more.
+
+    Args:
+        network: the U-Net, perhaps wrapped.
+        nearest: interpolate by the nearest neighbour, not linearly.
+    """
+    network = unwrap(network)
+    decoder = deepcopy(network.decoder, {id(network.encoder): nn.Identity()})
+    del decoder.encoder
+    _interpolate(decoder, network.initialize, nearest=nearest)
+    return decoder
+
+
+def _interpolate(decoder: nn.Module, initialize: Callable[[nn.Module], None], *, nearest: bool) -> None:
+    for index, transposed in enumerate(decoder.transpconvs):
+        upsampling = InterpolationConv(transposed, nearest=nearest)
+        upsampling.apply(initialize)
+        decoder.transpconvs[index] = upsampling
+
+
+class InterpolationConv(nn.Module):
+    """Interpolation by the stride of a transposed convolution, then a convolution with 3 voxels per axis."""
+
+    def __init__(self, transposed: nn.Module, *, nearest: bool = False):
         super().__init__()
-        conv, self.mode = {
+        conv, linear = {
             nn.ConvTranspose2d: (nn.Conv2d, "bilinear"),
             nn.ConvTranspose3d: (nn.Conv3d, "trilinear"),
         }[type(transposed)]
+        self.mode = "nearest" if nearest else linear
         self.scale = tuple(float(stride) for stride in transposed.stride)
         where = {"device": transposed.weight.device, "dtype": transposed.weight.dtype}
         bias = transposed.bias is not None
@@ -217,3 +243,32 @@ class InterpolationConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, *spatial) to (B, out, *spatial times stride)."""
         return self.conv(F.interpolate(x, scale_factor=self.scale, mode=self.mode))
+
+
+class Pyramid(nn.Module):
+    """A U-Net's decoder with dropout of whole channels in front of its segmentation heads (URPC).
+
+    It consists of the modules of the U-Net and has no weights of its own. The heads are those of deep supervision,
+    whether it is on or off.
+
+    Args:
+        network: a U-Net with encoder stages.
+        dropout: probabilities for the heads, highest resolution first; further heads give no output.
+    """
+
+    def __init__(self, network: nn.Module, dropout: Sequence[float]):
+        super().__init__()
+        decoder = unwrap(network).decoder
+        # a list of tuples, so that nothing is registered
+        self.parts = [*zip(decoder.transpconvs, decoder.stages, decoder.seg_layers, strict=True)]
+        self.dropout = tuple(dropout)[: len(self.parts)]
+        self.eval()  # nothing of it is trained
+
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
+        """Stage outputs of the encoder to the logits of every head, highest resolution first."""
+        x, outputs = skips[-1], []
+        for level, (upsample, convolve, head) in zip(reversed(range(len(self.parts))), self.parts, strict=True):
+            x = convolve(torch.cat([upsample(x), skips[level]], 1))
+            if level < len(self.dropout):
+                outputs.append(head(torch.feature_dropout(x, self.dropout[level], True)))
+        return outputs[::-1]

@@ -66,6 +66,28 @@ def uncertainty(probabilities: Tensor, *, regions: bool = False) -> Tensor:
     return both.mean(1, keepdim=True) / log(2)
 
 
+def confidence(probabilities: Tensor, *, regions: bool = False) -> Tensor:
+    """How probable the hard label of every voxel is: (B, C, *spatial) to (B, 1, *spatial).
+
+    The largest probability of the classes, in [1 / C, 1]; of regions that of the least certain one, in [0.5, 1].
+    """
+    if regions:
+        return torch.maximum(probabilities, 1 - probabilities).amin(1, keepdim=True)
+    return probabilities.amax(1, keepdim=True)
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1/T) / (p^(1/T) + (1 - p)^(1/T)) of every class or region for itself (MC-Net, Eq. 2); same shape.
+
+    Of more than two classes the results do not sum to 1.
+
+    Args:
+        probabilities: float32.
+        temperature: T, above 0; 1 changes nothing, towards 0 gives 0 and 1.
+    """
+    return (torch.logit(probabilities, eps=1e-6) / temperature).sigmoid()
+
+
 def keep_largest_component(labels: Tensor) -> Tensor:
     """Sets all but the largest connected component of every class or region of every sample to background (0).
 

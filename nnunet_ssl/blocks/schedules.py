@@ -1,6 +1,9 @@
 """Numbers that change over the training, as functions of the step."""
 
 import math
+from bisect import bisect
+from functools import cache
+from random import Random
 
 
 def sigmoid_rampup(step: float, length: float) -> float:
@@ -17,6 +20,23 @@ def warmup_decay(step: int, decay: float) -> float:
     Source: Tarvainen & Valpola 2017 (arXiv:1703.01780), released code. `step` counts optimizer steps before this one.
     """
     return min(1.0 - 1.0 / (step + 1.0), decay)
+
+
+def turn(step: int, longest: int) -> int:
+    """Whose turn it is of two, 0 or 1: turns of random length from 1 to `longest` steps (AD-MT).
+
+    The lengths are drawn by the step alone: a training that is continued, and every rank, draws the same.
+    """
+    return bisect(_ends(longest, 1 << step.bit_length()), step) % 2
+
+
+@cache
+def _ends(longest: int, steps: int) -> list[int]:
+    """The first steps after each turn, the last one beyond `steps`."""
+    random, ends = Random(0), [0]
+    while ends[-1] <= steps:
+        ends.append(ends[-1] + random.randint(1, longest))
+    return ends[1:]
 
 
 def whole_epochs(part: float, epochs: int) -> int:

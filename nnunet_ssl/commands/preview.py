@@ -22,6 +22,7 @@ from torch import Tensor
 from nnunet_ssl.blocks.mixing import Mix, recorded
 from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE, outline
 from nnunet_ssl.data.loading import Batch
+from nnunet_ssl.system.attributes import replaced
 from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.quiet import quiet
@@ -85,17 +86,21 @@ def preview(
         else:
             trainer.load_checkpoint(str(file))
         trainer.current_epoch, trainer.step = trainer.supervised_epochs, trainer.max_steps // 3
-        loader = trainer.get_dataloaders()[0]
+        while not trainer.streams()[1]:
+            trainer.step += 1
+        with replaced(trainer, "streams", lambda: (True, True)):  # what the method does not learn from is shown too
+            loader = trainer.get_dataloaders()[0]
         item = next(loader)
         batch, names = trainer._to_device(item), Names(list(item["keys"]), list(loader.data_loader.unlabeled.drawn))
         with torch.no_grad(), recorded() as calls:
             for _ in trainer.losses(batch):
                 pass
-    # every method mixes the images first, then their targets by the same masks; further tensors are not shown
+    # every method mixes the images first, then their targets by the same masks; further tensors are not shown, nor is
+    # an image whose target is not mixed
     by_mask: dict[int, list[Mix]] = {}
     for call in calls:
         by_mask.setdefault(id(call.mask), []).append(call)
-    pairs = [(image, target) for image, target, *_ in by_mask.values()]
+    pairs = [(mixes[0], mixes[1]) for mixes in by_mask.values() if len(mixes) > 1]
     labels = trainer.label_manager
     regions = len(labels.foreground_regions) if labels.has_regions else 0
     rows = [
@@ -184,7 +189,10 @@ def origin(patch: Tensor, batch: Batch, names: Names) -> tuple[bool, str]:
 
     Raises: RuntimeError where it is none of the batch.
     """
-    for is_labeled, patches, cases in ((True, batch.image, names.labeled), (False, batch.unlabeled, names.unlabeled)):
+    sources = [(True, batch.image, names.labeled), (False, batch.unlabeled, names.unlabeled)]
+    if batch.unlabeled_weak is not None:
+        sources.append((False, batch.unlabeled_weak, names.unlabeled))
+    for is_labeled, patches, cases in sources:
         for known, case in zip(patches, cases, strict=True):
             if torch.equal(patch, known):
                 return is_labeled, case

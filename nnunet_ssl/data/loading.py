@@ -31,11 +31,13 @@ class Batch:
             with an ignore label, one more channel; with deep supervision a list, full size first.
         unlabeled: unlabeled images (B, C, *spatial), fully augmented. There is no target of them anywhere.
         unlabeled_weak: the same crops with spatial augmentation only; None unless the method sets `weak_view`.
+
+    What the method says it does not learn from in this part of the training is None, see `SemiSupervisedTrainer.streams`.
     """
 
-    image: Tensor
-    target: Tensor | list[Tensor]
-    unlabeled: Tensor
+    image: Tensor | None
+    target: Tensor | list[Tensor] | None
+    unlabeled: Tensor | None
     unlabeled_weak: Tensor | None = None
 
     @property
@@ -73,12 +75,11 @@ def to_device(item: dict, device: torch.device, weak_view: bool, intensity: OnDe
     def move(x):
         return [move(scale) for scale in x] if isinstance(x, list) else x.to(device, non_blocking=True)
 
-    weak = move(item["unlabeled_weak"]) if weak_view or intensity else None
-    if intensity is None:
-        unlabeled = move(item["unlabeled"])
-    else:
-        unlabeled, weak = intensity(weak, move(item["outside"]) if "outside" in item else None)
-    return Batch(move(item["data"]), move(item["target"]), unlabeled, weak if weak_view else None)
+    given = {name: move(item[name]) for name in ("data", "target", "unlabeled", "unlabeled_weak", "outside") if name in item}
+    unlabeled, weak = given.get("unlabeled"), given.get("unlabeled_weak")
+    if intensity is not None and weak is not None:
+        unlabeled, weak = intensity(weak, given.get("outside"))
+    return Batch(given.get("data"), given.get("target"), unlabeled, weak if weak_view else None)
 
 
 class UnlabeledDataset:
@@ -164,6 +165,10 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self.drawn = super().get_indices()
         return self.drawn
 
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        end_with_the_training()
+
     def generate_train_batch(self) -> dict[str, Tensor]:
         views = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
@@ -211,8 +216,7 @@ class LabeledDataLoader(nnUNetDataLoader):
 
     def set_thread_id(self, thread_id: int) -> None:
         super().set_thread_id(thread_id)
-        if parent_process() is not None:
-            exit_with_parent()  # nnU-Net's workers go on for ever when the training is killed
+        end_with_the_training()
 
     def generate_train_batch(self) -> dict:
         try:
@@ -235,6 +239,12 @@ class LabeledDataLoader(nnUNetDataLoader):
             return False
 
 
+def end_with_the_training() -> None:
+    """In a worker: nnU-Net's go on for ever when the training is killed."""
+    if parent_process() is not None:
+        exit_with_parent()
+
+
 class PairedDataLoader(DataLoader):
     """Labeled and unlabeled crops as one item, so that nnU-Net's own workers and their number serve both."""
 
@@ -254,8 +264,8 @@ class PairedDataLoader(DataLoader):
 
 def make_loaders(
     train,
-    val,
     unlabeled: UnlabeledDataset | None,
+    val,
     sizes: tuple,
     transforms: tuple,
     views: dict[str, bool],
@@ -264,17 +274,20 @@ def make_loaders(
     """The loaders of training and validation batches; no worker runs yet.
 
     Args:
-        train: nnU-Net's dataset of the labeled cases.
-        val: that of the validation cases.
+        train: nnU-Net's dataset of the labeled cases; None: unlabeled crops alone.
         unlabeled: of the unlabeled cases, whose crops come with those of the labeled ones; None: labeled crops alone.
+        val: nnU-Net's dataset of the validation cases.
         sizes: batch size, size of the crop before the spatial augmentation, and the network's.
         transforms: nnU-Net's for training and for validation.
         views: of unlabeled crops, `weak_view` and `strong_view`.
         sampling: nnU-Net's label manager and settings of the oversampling.
     """
-    training = LabeledDataLoader(train, *sizes, transforms=transforms[0], **sampling)
+    options = {"transforms": transforms[0], **sampling}
+    parts: list[DataLoader] = []
+    if train is not None:
+        parts.append(LabeledDataLoader(train, *sizes, **options))
     if unlabeled is not None:
-        options = {"transforms": transforms[0], **views, **sampling}
-        training = PairedDataLoader(training, UnlabeledDataLoader(unlabeled, *sizes, **options))
+        parts.append(UnlabeledDataLoader(unlabeled, *sizes, **views, **options))
+    training = PairedDataLoader(*parts) if len(parts) == 2 else parts[0]
     batch_size, _, patch_size = sizes
     return training, LabeledDataLoader(val, batch_size, patch_size, patch_size, transforms=transforms[1], **sampling)

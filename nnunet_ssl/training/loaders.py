@@ -18,7 +18,7 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
     """Starts nnU-Net's workers, as many as nnU-Net would, and draws the first batch of each loader.
 
     Args:
-        training: gives the key "data" and, in the semi-supervised phase, "unlabeled".
+        training: gives the keys "data" and "unlabeled", or one of them.
         validation: nnU-Net's.
         device: of the training.
         channels: that the network expects.
@@ -35,7 +35,7 @@ def start_loaders(training: DataLoader, validation: DataLoader, device: torch.de
     val = _augmenter(validation, min(workers, max(1, workers // 2)), max(3, workers // 4), device)
     batch = next(train)
     next(val)
-    found = batch["data"].shape[1]
+    found = batch["data"].shape[1] if "data" in batch else channels
     if found != channels:
         raise ValueError(
             f"The preprocessed labeled cases have {counted(found, 'channel')}, but dataset.json has {channels}. "

@@ -22,7 +22,7 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
     Args:
         student: wrapped or not.
         labeler: the network of which the pseudo labels are; the student itself where there is no other.
-        batch: on the device of both.
+        batch: on the device of both. Where it has no labeled or no unlabeled patches, what is of them is missing.
         label_manager: nnU-Net's.
 
     Returns:
@@ -31,13 +31,24 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
         pseudo_confidence: mean probability of the pseudo labels in their foreground; NaN where there is none.
         agreement: Dice of both networks' foreground on unlabeled patches; not where there is one network.
         feature_distance: mean of 1 - cosine of the student's bottleneck features of different patches, in [0, 2]; 0
-            means that the features have collapsed. Not for networks without encoder stages.
+            means that the features have collapsed. Not for networks without encoder stages, nor of a single patch.
     """
     student, labeler = unwrap(student), unwrap(labeler)
     view = batch.unlabeled if batch.unlabeled_weak is None else batch.unlabeled_weak
-    patches = torch.cat([batch.image[:1], view])  # there are always two for the distance
     regions = label_manager.has_regions
     values: dict[str, Tensor] = {}
+    if batch.image is not None:
+        labels, channels = batch.labels, label_manager.num_segmentation_heads
+        if regions:
+            known, ignored = labels[:, :channels].bool().any(1), labels[:, channels:].bool().any(1)
+        else:
+            known = labels[:, 0] > 0
+            ignore_label = label_manager.ignore_label
+            ignored = torch.zeros_like(known) if ignore_label is None else labels[:, 0] == ignore_label
+        values["labeled_foreground"] = (known & ~ignored).sum() / (~ignored).sum()
+    if view is None:
+        return values
+    patches = view if batch.image is None else torch.cat([view, batch.image[:1]])  # two for the distance
     features = None
     with ExitStack() as stack:
         stack.enter_context(autocast("cuda") if patches.is_cuda else nullcontext())
@@ -50,23 +61,15 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
             del output, skips
         else:
             own = logits(student, patches)
-        own = own[1:]
+        own = own[: len(view)]
         pseudo = own if labeler is student else logits(labeler, view)
-    if features is not None:
+    if features is not None and len(patches) > 1:
         # in float32: near 0 is where a collapse shows
         features = F.normalize(features.float().flatten(1))
         pairs = len(patches) * (len(patches) - 1)
         values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
-    labels, channels = batch.labels, pseudo.shape[1]
-    if regions:
-        known, ignored = labels[:, :channels].bool().any(1), labels[:, channels:].bool().any(1)
-    else:
-        known = labels[:, 0] > 0
-        ignore_label = label_manager.ignore_label
-        ignored = torch.zeros_like(known) if ignore_label is None else labels[:, 0] == ignore_label
     found = foreground(pseudo, regions)
     confidence = probabilities(pseudo, regions=regions).amax(1)
-    values["labeled_foreground"] = (known & ~ignored).sum() / (~ignored).sum()
     values["pseudo_foreground"] = found.float().mean()
     values["pseudo_confidence"] = (confidence * found).sum() / found.sum()
     if labeler is not student:

@@ -198,7 +198,7 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         name: getattr(trainer, name)
         for cls in classes
         for name, value in vars(cls).items()
-        if not name.startswith("_") and isinstance(value, int | float | str | bool)
+        if not name.startswith("_") and isinstance(value, int | float | str | bool | tuple)
     }
     numbers = {
         "labeled": len(known["training"]),

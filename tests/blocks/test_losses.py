@@ -14,6 +14,7 @@ from nnunet_ssl.blocks.losses import (
     feature_cosine,
     feature_l1,
     full_resolution,
+    kl_divergence,
     labeled_loss,
     masked_loss,
     probability_mse,
@@ -548,3 +549,19 @@ def test_a_feature_term_does_not_see_what_is_outside_of_the_mask(distance):
     assert nothing == 0
     assert not features.grad.any()
     torch.testing.assert_close(distance(features, target, torch.ones_like(mask)), distance(features, target))
+
+
+def test_the_divergence_is_summed_over_classes():
+    target, logits = torch.rand(2, 3, 4, 5).softmax(1), torch.randn(2, 3, 4, 5)
+    prediction = logits.softmax(1)
+    expected = (target * (target / prediction).log()).sum(1, keepdim=True)
+    torch.testing.assert_close(kl_divergence(target, logits), expected)
+    torch.testing.assert_close(kl_divergence(prediction, logits), torch.zeros(2, 1, 4, 5), atol=1e-6, rtol=0)
+    assert kl_divergence(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[60000.0], [-60000.0]]]).half()).item() == 0
+
+
+def test_the_divergence_of_regions_is_that_of_their_questions():
+    target, logits = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    p = logits.sigmoid()
+    expected = (target * (target / p).log() + (1 - target) * ((1 - target) / (1 - p)).log()).sum(1, keepdim=True)
+    torch.testing.assert_close(kl_divergence(target, logits, regions=True), expected)

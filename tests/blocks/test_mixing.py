@@ -3,7 +3,16 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from nnunet_ssl.blocks.mixing import block_mask, box_mask, grid_shape, halves, mix, mix_halves
+from nnunet_ssl.blocks.mixing import (
+    block_mask,
+    box_mask,
+    grid_shape,
+    halves,
+    mix,
+    mix_halves,
+    random_order,
+    shuffle_cells,
+)
 
 # patch, cells asked for per axis, grid that gives every cell at least 8 voxels
 GRIDS = [
@@ -305,3 +314,36 @@ def test_halves_are_mixed_from_sources_that_the_mask_names(size, patch):
     for half_of, samples in ((0, range(half)), (half, range(size - half, size))):
         for index, sample in enumerate(samples):
             assert torch.equal(voxel[half_of + index], labeled[sample, 1:])
+
+
+@pytest.mark.parametrize("patch", [*PATCHES, (16, 16, 16), (1, 40, 40), (7, 9)])
+def test_shuffled_cells_keep_image_and_target_together_and_come_back(patch):
+    (image, target), (other, label) = tagged(1, patch), tagged(2, patch)
+    order = random_order(3, patch, cells=4)
+    images, targets = shuffle_cells(image, other, order), shuffle_cells(target, label, order)
+    for mixed, its in zip(images, targets, strict=True):
+        assert torch.equal(1000 * mixed[:, :1].int() + mixed[:, 1:].int() % 1000, its)
+    if torch.Size(grid_shape(patch, 4)).numel() > 1:
+        assert not torch.equal(images[0], image)
+        assert {1, 2} == {int(value) for value in images[0][:, 0].unique()}
+    for back, original in zip(shuffle_cells(*images, order.argsort(1)), (image, other), strict=True):
+        assert torch.equal(back, original)
+
+
+def test_a_cell_goes_to_the_place_of_its_order_and_what_remains_stays():
+    first, second = torch.arange(34.0).view(1, 1, 2, 17), 100 + torch.arange(34.0).view(1, 1, 2, 17)
+    order = torch.tensor([[3, 0, 1, 2]])  # one row of two cells of 8 voxels per image
+    a, b = shuffle_cells(first, second, order, cells=2)
+    assert torch.equal(a[..., :8], second[..., 8:16])
+    assert torch.equal(a[..., 8:16], first[..., :8])
+    assert torch.equal(b[..., :8], first[..., 8:16])
+    assert torch.equal(b[..., 8:16], second[..., :8])
+    assert torch.equal(a[..., 16], first[..., 16])
+    assert torch.equal(b[..., 16], second[..., 16])
+
+
+def test_every_cell_is_as_probable_at_every_place():
+    order = random_order(4000, (16, 16, 16), cells=4)
+    assert order.shape == (4000, 16)
+    for place in range(16):
+        assert order[:, place].bincount(minlength=16).min() > 180  # 250 are expected

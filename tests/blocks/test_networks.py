@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.blocks.networks import (
+    Pyramid,
     forward_with_features,
     frozen_copy,
+    further_decoder,
     logits,
     trainable_copy,
     unwrap,
@@ -330,6 +332,41 @@ def test_interpolation_replaces_the_transposed_convolutions_and_nothing_else(kin
 def test_the_new_convolutions_are_on_the_device_of_the_network():
     copy = with_interpolation(network(dim=3).to("meta"))
     assert {p.device.type for p in copy.parameters()} == {"meta"}
+
+
+@every_network
+@pytest.mark.parametrize("nearest", [False, True])
+def test_a_further_decoder_starts_as_a_copy_without_the_encoder(kind, dim, nearest):
+    student = network(kind, dim, deep=True)
+    decoder = further_decoder(student, nearest=nearest)
+    before, after = snapshot(student.decoder), snapshot(decoder)
+    assert not any(name.startswith("encoder") for name in after)
+    assert not storages(decoder) & storages(student)
+    kept = [name for name in after if "transpconvs" not in name]
+    assert kept
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    skips = student.encoder(torch.randn(2, 1, *[16] * dim))
+    outputs = decoder(skips)
+    assert [o.shape for o in outputs] == [o.shape for o in student.decoder(skips)]
+    assert {c.mode == "nearest" for c in decoder.transpconvs} == {nearest}
+    assert "encoder" in dict(student.decoder.named_children())
+
+
+@every_network
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_pyramid_is_the_decoder_with_dropout_before_the_heads(kind, dim, deep):
+    student = network(kind, dim, deep=deep)
+    skips = student.encoder(torch.randn(2, 1, *[16] * dim))
+    plain, pyramid = student.decoder, Pyramid(student, (0.0, 0.0, 0.0))
+    assert [*pyramid.parameters()] == []
+    outputs = pyramid(skips)
+    plain.deep_supervision = True
+    torch.testing.assert_close(outputs, plain(skips))
+    assert torch.equal(Pyramid(student, (0.0,))(skips)[0], outputs[0])
+    torch.manual_seed(0)
+    dropped = Pyramid(student, (0.5, 0.0))(skips)
+    assert not torch.equal(dropped[0], outputs[0])
+    assert torch.equal(dropped[1], outputs[1])  # and nothing behind it
 
 
 def test_interpolation_follows_anisotropic_strides():

@@ -5,9 +5,11 @@ import torch
 
 from nnunet_ssl.blocks.pseudo_labels import (
     as_probabilities,
+    confidence,
     hard_labels,
     keep_largest_component,
     probabilities,
+    sharpen,
     uncertainty,
 )
 
@@ -147,3 +149,16 @@ def test_every_region_keeps_its_own_largest_component():
     cleaned = keep_largest_component(labels)
     labels[0, 0, 6, 6] = labels[0, 1, 1, 1] = 0
     assert torch.equal(cleaned, labels)
+
+
+def test_confidence_is_that_of_the_hard_label():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.45, 0.45]]).T[None]  # (1, 3 channels, 2 voxels)
+    torch.testing.assert_close(confidence(p), torch.tensor([[[0.7, 0.45]]]))
+    torch.testing.assert_close(confidence(p, regions=True), torch.tensor([[[0.7, 0.55]]]))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_sharpening_follows_its_formula(temperature):
+    p = torch.linspace(0, 1, 21)
+    expected = [x ** (1 / temperature) / (x ** (1 / temperature) + (1 - x) ** (1 / temperature)) for x in p.tolist()]
+    torch.testing.assert_close(sharpen(p, temperature), torch.tensor(expected), rtol=1e-4, atol=2e-6)

@@ -1,9 +1,9 @@
 import math
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 
-from nnunet_ssl.blocks.schedules import sigmoid_rampup, warmup_decay
+from nnunet_ssl.blocks.schedules import sigmoid_rampup, turn, warmup_decay
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,14 @@ def test_the_decay_never_exceeds_its_limit_nor_falls(decay):
     values = [warmup_decay(step, decay) for step in range(100)]
     assert values == sorted(values)
     assert max(values) <= decay
+
+
+def test_turns_have_every_length_up_to_the_longest_and_depend_on_the_step_alone():
+    turns = [turn(step, 5) for step in range(3000)]
+    lengths = [len([*steps]) for _, steps in groupby(turns)][:-1]
+    assert turns[0] == 0
+    assert {*turns} == {0, 1}
+    assert {*lengths} == {1, 2, 3, 4, 5}
+    assert min(lengths.count(n) for n in range(1, 6)) > 150  # of 1,000
+    assert [turn(step, 5) for step in (2999, 0, 1234)] == [turns[2999], turns[0], turns[1234]]
+    assert [turn(step, 1) for step in range(4)] == [0, 1, 0, 1]

@@ -19,13 +19,6 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 pytestmark = pytest.mark.slow
 
-NETWORKS = {
-    "nnUNetTrainerCoLearning": {"student", "student_2", "teacher"},
-    "nnUNetTrainerCoM3HL": {"student", "student_2", "teacher"},
-    "nnUNetTrainerCPS": {"student", "student_2"},
-    "nnUNetTrainerFixMatch": {"student"},
-}
-
 # Plain nnU-Net: NNUNET_SSL_PLAIN_PYTHON is the Python of an environment without our package (.ci/check_wheel has one).
 # Without it, this one, in which our package cannot be imported and nnU-Net is told of no further folder of trainers.
 # As the commands nnUNetv2_install_pretrained_model_from_zip and nnUNetv2_predict_from_modelfolder.
@@ -69,6 +62,7 @@ def trained(tiny_dataset, tmp_path_factory):
             trainer.run_training()
             (Path(trainer.output_folder) / "validation").mkdir()
             (Path(trainer.output_folder) / "validation/summary.json").write_text("{}")
+            (Path(trainer.output_folder) / "segmenting").write_text(" ".join(trainer.segmenting_networks()))
         yield results
 
 
@@ -121,7 +115,11 @@ def test_every_network_of_a_checkpoint_can_be_exported(trainer_class, trained, t
     name = trainer_class.__name__
     source = torch.load(model_folder(trained, name) / "fold_0/checkpoint_final.pth", weights_only=False)
     networks = {"student": source["nnunet_ssl"]["student"], **source["nnunet_ssl"]["companions"]}
-    assert networks.keys() == NETWORKS.get(name, {"student", "teacher"})
+    segmenting = (model_folder(trained, name) / "fold_0/segmenting").read_text().split()
+    for other in networks.keys() - segmenting:
+        with pytest.raises(ValueError, match=f"plain nnU-Net cannot load {other}"):
+            export_model("701", "3d_fullres", name, tmp_path / other, networks=[other])
+    networks = {network: networks[network] for network in segmenting}
     for network, weights in networks.items():
         folder = tmp_path / network
         assert export_model("701", "3d_fullres", name, folder, networks=[network]) == {"fold_0": network}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from tiny_trainers import every_trainer, make_trainer, seed
+from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -38,7 +38,7 @@ def compiling(monkeypatch):
 
 def started(trainer_class, dataset, configuration):
     seed()
-    trainer = make_trainer(trainer_class, dataset, configuration, num_iterations_per_epoch=100)
+    trainer = make_trainer(trainer_class, dataset, configuration, num_iterations_per_epoch=100, **EVERY_STREAM)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     return trainer

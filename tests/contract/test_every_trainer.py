@@ -9,7 +9,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from tiny_trainers import every_trainer, make_trainer, seed
+from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.trainers.nnUNetTrainerCoM3HL import nnUNetTrainerCoM3HL
@@ -31,8 +31,11 @@ def started(trainer_class, configuration, dataset, request, **settings):
 
 
 def late(trainer):
-    """The trainer after a third of its training: pretraining is over, and patches are still mixed."""
+    """The trainer after a third of its training, and after its pretraining: patches are still mixed."""
     trainer.step = trainer.max_steps // 3
+    while not trainer.streams()[1]:
+        trainer.step += 1
+    trainer.current_epoch = trainer.step // trainer.num_iterations_per_epoch
     return trainer
 
 
@@ -57,6 +60,7 @@ def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, 
 @everywhere
 def test_the_loss_has_a_gradient_with_respect_to_the_unlabeled_images(trainer_class, configuration, dataset, request):
     trainer = late(started(trainer_class, configuration, dataset, request))
+    trainer.on_train_epoch_start()
     batch = trainer._to_device(next(trainer.dataloader_train))
     batch.unlabeled.requires_grad_()
     sum(value for group in groups_of_terms(trainer, batch) for value in group.values()).backward()
@@ -80,7 +84,7 @@ def samples(values, size):
 def test_every_labeled_patch_is_used_within_two_steps_of_each_phase(trainer_class, tiny_dataset):
     # nnU-Net puts patches with foreground last in a batch: a method that uses the first ones only never sees them
     seed()
-    trainer = make_trainer(trainer_class, tiny_dataset, "2d", num_iterations_per_epoch=50)
+    trainer = make_trainer(trainer_class, tiny_dataset, "2d", num_iterations_per_epoch=50, **EVERY_STREAM)
     trainer.on_train_start()
     trainer.network.train()
     items = [next(trainer.dataloader_train) for _ in range(2)]
@@ -91,9 +95,25 @@ def test_every_labeled_patch_is_used_within_two_steps_of_each_phase(trainer_clas
                 batch = trainer._to_device(joint(items, size))
                 batch.image.requires_grad_()
                 sum(value for terms in trainer.losses(batch) for value in terms.values()).backward()
-                gradients.append(batch.image.grad.flatten(1).abs().amax(1))
+                gradient = torch.zeros_like(batch.image) if batch.image.grad is None else batch.image.grad
+                gradients.append(gradient.flatten(1).abs().amax(1))
             used = sum(gradients) > 0
-            assert used.all(), f"batch of {size}, step {begin}: {used.tolist()}"
+            labeled, _ = trainer.streams()
+            assert used.all() if labeled else not used.any(), f"batch of {size}, step {begin}: {used.tolist()}"
+
+
+@with_variants
+def test_what_no_step_of_an_epoch_learns_from_is_not_loaded(trainer_class, tiny_dataset):
+    trainer = make_trainer(trainer_class, tiny_dataset, num_epochs=10, num_iterations_per_epoch=2)
+    trainer.on_train_start()
+    for trainer.current_epoch in range(10):
+        trainer.step = 2 * trainer.current_epoch
+        trainer.on_train_epoch_start()
+        item, found = next(trainer.dataloader_train), []
+        for trainer.step in (trainer.step, trainer.step + 1):
+            found.append(trainer.streams())
+        needed = tuple(map(any, zip(*found, strict=True)))
+        assert ("data" in item, "unlabeled" in item) == needed, f"epoch {trainer.current_epoch}"
 
 
 @every_method
@@ -176,13 +196,14 @@ def test_labels_of_unlabeled_cases_change_nothing(trainer_class, configuration, 
     assert first_losses() == expected
     # the garbage is where a trainer would find it: the same on labeled cases does change the losses
     poison(copy, ["case_000", "case_001"])
-    assert first_losses() != expected
+    learns_from_labels, _ = late(make_trainer(trainer_class, tiny_dataset)).streams()
+    assert (first_losses() != expected) == learns_from_labels
 
 
 @every_method
 @everywhere
 def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuration, dataset, request, tmp_path):
-    trainer = started(trainer_class, configuration, dataset, request)
+    trainer = started(trainer_class, configuration, dataset, request, **EVERY_STREAM)
     trainer.step = 1
     for _ in range(3):
         trainer.train_step(next(trainer.dataloader_train))
@@ -192,7 +213,7 @@ def test_a_checkpoint_continues_with_the_same_losses(trainer_class, configuratio
     expected = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(3)]
 
     seed(99)
-    resumed = make_trainer(trainer_class, request.getfixturevalue(dataset), configuration)
+    resumed = make_trainer(trainer_class, request.getfixturevalue(dataset), configuration, **EVERY_STREAM)
     resumed.load_checkpoint(str(tmp_path / "checkpoint.pth"))
     resumed.on_train_start()
     resumed.network.train()

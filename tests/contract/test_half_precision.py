@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny_trainers import every_trainer, make_trainer, seed
+from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
 
 from nnunet_ssl import trainer as base
 from nnunet_ssl.blocks.networks import logits
@@ -28,7 +28,7 @@ def half(monkeypatch):
 
 def started(trainer_class, dataset, scaled):
     seed()
-    trainer = make_trainer(trainer_class, dataset, num_iterations_per_epoch=1000)
+    trainer = make_trainer(trainer_class, dataset, num_iterations_per_epoch=1000, **EVERY_STREAM)
     trainer.on_train_start()
     trainer.network.train()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12) if scaled else None
@@ -79,9 +79,10 @@ def test_an_infinite_image_costs_a_step_and_changes_nothing(trainer_class, tiny_
     networks = {"student": trainer.network, **vars(trainer.companions)}
     before = {name: deepcopy(network.state_dict()) for name, network in networks.items()}
     batch, scale = next(trainer.dataloader_train), trainer.grad_scaler.get_scale()
-    batch["data"][:] = torch.inf
+    for name in {"data", "unlabeled", "unlabeled_weak"} & batch.keys():
+        batch[name][:] = torch.inf
     trainer.step = trainer.max_steps // 2
-    students = [name for name, network in networks.items() if next(network.parameters()).requires_grad]
+    students = [name for name, network in networks.items() if any(p.requires_grad for p in network.parameters())]
     trainer.train_step(batch)
     assert trainer.grad_scaler.get_scale() == scale / 2
     for name, network in networks.items():

@@ -9,13 +9,13 @@ import pytest
 import torch
 from equations import CLASSES, EVERY_KIND, started
 from PIL import Image
-from tiny_trainers import every_trainer, make_trainer, seed
+from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnunet_ssl.data.loading import Batch
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
-from nnunet_ssl.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.training.health import Health
@@ -73,6 +73,18 @@ def test_the_observations_are_what_they_are_called(trainer_class, labels, labels
     )
 
 
+def test_what_is_not_loaded_is_not_observed(tiny_dataset):
+    trainer, batch = started(nnUNetTrainerMeanTeacher, tiny_dataset), CLASSES.random_batch(2)
+    everything = observed(trainer, batch)
+    labeled = Batch(batch.image, batch.target, None)
+    assert observed(trainer, labeled) == {"labeled_foreground": everything["labeled_foreground"]}
+    unlabeled = observed(trainer, Batch(None, None, batch.unlabeled, batch.unlabeled_weak))
+    assert unlabeled.keys() == everything.keys() - {"labeled_foreground"}
+    assert unlabeled["agreement"] == everything["agreement"]
+    single = observed(trainer, Batch(None, None, batch.unlabeled[:1], batch.unlabeled_weak[:1]))
+    assert "feature_distance" not in single
+
+
 def test_a_method_of_one_network_and_a_network_without_stages(tiny_dataset):
     class Alone(SemiSupervisedTrainer):
         def losses(self, batch):
@@ -100,9 +112,9 @@ class HostCopies(TorchDispatchMode):
 
 @every
 def test_observing_changes_nothing_and_waits_for_nothing(trainer_class, tiny_dataset, monkeypatch):
-    trainer = started(trainer_class, tiny_dataset)
+    trainer = started(trainer_class, tiny_dataset, **EVERY_STREAM)
     batch = trainer._to_device(next(trainer.dataloader_train))
-    networks = [trainer.network, *vars(trainer.companions).values()]
+    networks = [*trainer.segmenting_networks().values()]
     for network in networks:  # a part that is in another mode than the whole
         part = next(network.children())
         part.train(not part.training)
@@ -151,10 +163,13 @@ def test_every_epoch_has_its_row(trainer_class, tiny_dataset):
         assert [float(row["ramp"]) for row in rows] == pytest.approx(expected)
     else:
         assert "ramp" not in rows[0]
-    for row in rows:
-        assert 0 < float(row["labeled_foreground"]) < 1
-        assert 0 <= float(row["pseudo_foreground"]) <= 1
-        assert float(row["feature_distance"]) > 0
+    for epoch, row in enumerate(rows):
+        labeled, unlabeled = trainer._streams_of(epoch)
+        assert (row["labeled_foreground"] != "") == labeled
+        assert (row["pseudo_foreground"] != "") == (row["feature_distance"] != "") == unlabeled
+        assert 0 < float(row["labeled_foreground"] or 0.5) < 1
+        assert 0 <= float(row["pseudo_foreground"] or 0) <= 1
+        assert float(row["feature_distance"] or 1) > 0
     # as the networks change, so do the observations
     assert len({row["feature_distance"] for row in rows}) == 3
 
@@ -196,7 +211,7 @@ def test_every_network_has_its_dice_on_validation_batches(trainer_class, tiny_da
     seed()
     trainer = make_trainer(trainer_class, tiny_dataset, num_val_iterations_per_epoch=3)
     trainer.run_training()
-    names, rows = ["student", *vars(trainer.companions)], read(trainer)
+    names, rows = [*trainer.segmenting_networks()], read(trainer)
     if len(names) == 1:  # nothing to compare: the Dice is in nnU-Net's log
         names = []
     assert [name for name in rows[0] if name.startswith("dice_")] == [f"dice_{name}" for name in names]
@@ -276,5 +291,7 @@ def test_teachers_may_lag_behind_in_the_first_tenth_of_the_method(
 def test_pseudo_labels_are_the_teachers_where_there_is_one(trainer_class, tiny_dataset):
     trainer = started(trainer_class, tiny_dataset)
     name = pseudo_labeler(trainer.segmenting_networks())
-    others = {nnUNetTrainerCPS: "student_2", nnUNetTrainerFixMatch: "student"}
-    assert name == others.get(trainer_class, "teacher")
+    if any(companion.startswith("teacher") for companion in vars(trainer.companions)):
+        assert name.startswith("teacher")
+    else:
+        assert name == ("student_2" if trainer_class is nnUNetTrainerCPS else "student")
