@@ -15,7 +15,7 @@ import ruler
 def rows(name, dice):
     """A table's rows from Dice by seed and case."""
     return [
-        [name, str(s), "10", "20", case, f"{d}", "1.0", "1.0"] for s, cases in dice.items() for case, d in cases.items()
+        [name, str(s), "10", "20", case, f"{d}", "1.0", "1.0", "90.0"] for s, cases in dice.items() for case, d in cases.items()
     ]
 
 
@@ -38,7 +38,7 @@ def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
     ours = {seed: {c: 80 + i for i, c in enumerate(cases)} for seed in (0, 1, 3)}
     theirs = {seed: {c: 78 + i + 50 * (seed == 2) for i, c in enumerate(cases)} for seed in (1, 2, 3)}
     method, other = (ruler.Scores(rows("x", dice)) for dice in (ours, theirs))
-    assert method.metrics.shape == (3, 6, 3)
+    assert method.metrics.shape == (3, 6, 4)
     difference, p = ruler.against(method, other)
     assert difference == pytest.approx(2)
     assert p == pytest.approx(2 / 2**6)  # six patients, all of one sign
@@ -53,7 +53,18 @@ def test_a_class_that_is_not_found_counts_as_zero(tmp_path):
     for name, mask in (("reference", reference), ("prediction", prediction)):
         sitk.WriteImage(sitk.GetImageFromArray(mask), str(tmp_path / f"{name}.nii.gz"))
     files = tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"
-    assert methods.case_means(*files, [1, 2, 3], "voxels") == [50, 0, 0]  # class 3 is in neither
+    assert methods.case_means(*files, [1, 2, 3], "voxels") == [50, 0, 0, 50]  # class 3 is in neither
+
+
+def test_the_largest_component_is_that_of_all_classes_together(tmp_path):
+    reference = np.zeros((2, 6, 8), np.uint8)
+    reference[:, :2], reference[:, 2] = 1, 2
+    prediction = reference.copy()
+    prediction[:, 4:, :6] = 2  # by itself larger than each of the two classes, but not than both
+    for name, mask in (("reference", reference), ("prediction", prediction)):
+        sitk.WriteImage(sitk.GetImageFromArray(mask), str(tmp_path / f"{name}.nii.gz"))
+    dice, _, _, largest = methods.case_means(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [1, 2], "mm")
+    assert largest == 100 > dice
 
 
 def test_labels_of_other_models_are_not_taken_for_those_of_the_run(tmp_path, monkeypatch):
