@@ -49,8 +49,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import SimpleITK as sitk
 import torch
-from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from phases import SECONDS_FILE, add_seconds, cpu_seconds, phase
 from tasks import (
@@ -328,8 +328,7 @@ def case_means(prediction: Path, reference: Path, labels: list[int], unit: str) 
     """The METRICS of two label files, means over the classes.
 
     A class that only the reference has counts as a Dice of 0 and has no distance; one that neither has does not count.
-    The Dice of the largest component is what nnU-Net's postprocessing makes of the prediction where it keeps the largest
-    component of the foreground.
+    The last Dice is that of nnU-Net's postprocessing which keeps the largest component of the foreground.
     """
     images = [sitk.ReadImage(str(file)) for file in (prediction, reference)]
     ours, theirs = map(sitk.GetArrayFromImage, images)

@@ -5,16 +5,16 @@
 *Gap closed* is (method - supervised) / (reference - supervised), of the means over the seeds: `supervised` takes as
 many steps as the method, on the labeled scans alone; the reference is `supervised` with all labels. The interval holds
 95 % of the bootstrap samples, in each of which patients and seeds are drawn anew; the method and `supervised` are
-compared on the same patients and seeds. The columns *largest component* are the same after nnU-Net's postprocessing that
-keeps the largest component of the foreground, in all rows. With one seed only the patients are drawn. Seeds are few: the interval is too
-narrow rather than too wide. The test against self-training is Wilcoxon's signed-rank test of the patients' means over
-the seeds that both have, from two such seeds on: it knows of other patients, not of other trainings. Two frames of one
-patient's heart are not independent, so ACDC's are averaged first.
+compared on the same patients and seeds. The columns *largest component* are the same after nnU-Net's postprocessing
+that keeps the largest component of the foreground, in all rows. With one seed only the patients are drawn. Seeds are
+few: the interval is too narrow rather than too wide. The test against self-training is Wilcoxon's signed-rank test of
+the patients' means over the seeds that both have, from two such seeds on: it knows of other patients, not of other
+trainings. Two frames of one patient's heart are not independent, so ACDC's are averaged first.
 
 Where a method has other seeds than `supervised` or self-training, the comparison is of the seeds that both have, the
 column Dice of all. Rows that are trained alone took half the steps of `supervised`. The reference of LA has learnt from
-all 60 scans, the methods saw 52 images: the other 8 are for development. A class that is not found has no distance:
-how many cases lack one is said.
+all 60 scans, the methods saw 52 images: the other 8 are for development. A class that is not found has no distance: how
+many cases lack one is said.
 """
 
 import argparse
@@ -23,7 +23,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
-from tasks import METRICS, RESULTS, RUN, SECONDS, SELF_TRAINING, SUPERVISED, TASKS, mean_of_present, read_rows, table_file
+from tasks import (
+    METRICS,
+    RESULTS,
+    RUN,
+    SECONDS,
+    SELF_TRAINING,
+    SUPERVISED,
+    TASKS,
+    mean_of_present,
+    read_rows,
+    table_file,
+)
 
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing

@@ -76,9 +76,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.network
 
     def streams(self) -> tuple[bool, bool]:
-        """Whether this step learns from labeled and from unlabeled patches: what no step of an epoch needs is not loaded.
+        """Whether this step learns from labeled and from unlabeled patches.
 
-        The batch then has None there.
+        What no step of an epoch needs is not loaded: the batch has None there.
         """
         return True, True
 

@@ -114,7 +114,8 @@ def fake_step(trainer_class, dataset, configuration="3d_fullres", part=0.0, batc
     seed()
 
     def made():
-        trainer = make_trainer(trainer_class, dataset, configuration, **EVERY_STREAM | {"num_iterations_per_epoch": 1000} | settings)
+        defaults = EVERY_STREAM | {"num_iterations_per_epoch": 1000}
+        trainer = make_trainer(trainer_class, dataset, configuration, **defaults | settings)
         trainer.configuration_manager.configuration["batch_size"] = batch_size
         return trainer
 

@@ -14,9 +14,8 @@ import ruler
 
 def rows(name, dice):
     """A table's rows from Dice by seed and case."""
-    return [
-        [name, str(s), "10", "20", case, f"{d}", "1.0", "1.0", "90.0"] for s, cases in dice.items() for case, d in cases.items()
-    ]
+    values = ((s, case, f"{d}") for s, cases in dice.items() for case, d in cases.items())
+    return [[name, str(s), "10", "20", case, d, "1.0", "1.0", "90.0"] for s, case, d in values]
 
 
 def test_the_part_of_the_gap_and_its_interval():
@@ -63,7 +62,8 @@ def test_the_largest_component_is_that_of_all_classes_together(tmp_path):
     prediction[:, 4:, :6] = 2  # by itself larger than each of the two classes, but not than both
     for name, mask in (("reference", reference), ("prediction", prediction)):
         sitk.WriteImage(sitk.GetImageFromArray(mask), str(tmp_path / f"{name}.nii.gz"))
-    dice, _, _, largest = methods.case_means(tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz", [1, 2], "mm")
+    files = tmp_path / "prediction.nii.gz", tmp_path / "reference.nii.gz"
+    dice, _, _, largest = methods.case_means(*files, [1, 2], "mm")
     assert largest == 100 > dice
 
 

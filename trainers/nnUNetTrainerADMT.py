@@ -3,9 +3,9 @@
 Differs from the released code on purpose: the student's own prediction, which overrides the teachers' in conflicts, is
 mixed with the image (released: it is that of the unmixed one), every voxel counts by default, because nnU-Net's
 probabilities are close to 0 and 1 (released: those above 0.8 or 0.95), pseudo labels have nnU-Net's cross entropy and
-Dice (released: the one on LA, the other on ACDC), the box has one size and lies inside of the patch, both teachers are in
-eval mode, the strong view is nnU-Net's intensity augmentation, and the ramp-up is a part of the training. The student
-is deployed, as in the released code.
+Dice (released: the one on LA, the other on ACDC), the box has one size and lies inside of the patch, both teachers are
+in eval mode, the strong view is nnU-Net's intensity augmentation, and the ramp-up is a part of the training. The
+student is deployed, as in the released code.
 """
 
 from math import log2

@@ -12,6 +12,7 @@ import torch
 from nnunet_ssl.blocks.losses import feature_cosine, feature_l1, masked_loss, shrink
 from nnunet_ssl.blocks.mixing import block_mask, halves, mix_halves
 from nnunet_ssl.blocks.networks import (
+    finest,
     forward_with_features,
     frozen_copy,
     require_stages,
@@ -56,7 +57,7 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
             masks.append(~masks[0])
         with torch.no_grad():
             taught, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
-            pseudo, features = self.hard_labels(full(taught)), [halves(feature) for feature in features]
+            pseudo, features = self.hard_labels(finest(taught)), [halves(feature) for feature in features]
         views = [mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask) for mask in masks]
         masks, views = (both if len(both) == 2 else both * 2 for both in (masks, views))  # one for each student
         students = (self.network, self.companions.student_2)
@@ -71,7 +72,7 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
             terms = {}
             for number, ((output, own), (peer, _)) in enumerate(zip(outputs, outputs[::-1], strict=True), start=1):
                 mask, target = masks[number - 1][part], views[number - 1][1][part]
-                found = self.terms(output, full(peer), target, mask, rows)
+                found = self.terms(output, finest(peer), target, mask, rows)
                 if mixed:
                     found |= self.feature_terms(own, [feature[part] for feature in features], ~mask)
                 share = len(mask) / (2 * half) if mixed else 1
@@ -118,11 +119,6 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
         share = (1 - warmup_decay(self.step, 1 - self.alpha - self.beta)) / (self.alpha + self.beta)
         students = [self.network, self.companions.student_2]
         update_weighted_ema(self.companions.teacher, students, [share * self.alpha, share * self.beta])
-
-
-def full(output):
-    """The full-resolution logits of an output."""
-    return output[0] if isinstance(output, list) else output
 
 
 def of(output, rows):

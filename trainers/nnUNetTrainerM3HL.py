@@ -12,7 +12,7 @@ import torch
 
 from nnunet_ssl.blocks.losses import feature_cosine, feature_l1, masked_loss, shrink
 from nnunet_ssl.blocks.mixing import block_mask, halves, mix_halves
-from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, require_stages, update_ema
+from nnunet_ssl.blocks.networks import finest, forward_with_features, frozen_copy, require_stages, update_ema
 from nnunet_ssl.blocks.pseudo_labels import keep_largest_component
 from nnunet_ssl.blocks.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
@@ -100,7 +100,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         """The teacher's hard labels and, if asked for, its features."""
         with torch.no_grad():
             output, features = self.forward(self.companions.teacher, image, with_features)
-            pseudo = self.hard_labels(output[0] if isinstance(output, list) else output)
+            pseudo = self.hard_labels(finest(output))
         return keep_largest_component(pseudo) if self.largest_component else pseudo, features
 
     def forward(self, network, image, with_features):

@@ -1,10 +1,10 @@
 """MC-Net and MC-Net+, mutual consistency: Wu et al. 2021 (arXiv:2103.02911) and 2022 (arXiv:2109.09960).
 
 Differs from the released code on purpose: sharpened probabilities are targets without gradient (released: the gradient
-goes through them too), labeled scans have nnU-Net's Dice and cross entropy with deep supervision (released: Dice alone),
-as the mean over the decoders, further decoders start as copies of the first one but for their upsampling, so that they
-are of use after a supervised training, and the ramp-up ends within the training. The first decoder is deployed, as in
-the released code.
+goes through them too), labeled scans have nnU-Net's Dice and cross entropy with deep supervision (released: Dice
+alone), as the mean over the decoders, further decoders start as copies of the first one but for their upsampling, so
+that they are of use after a supervised training, and the ramp-up ends within the training. The first decoder is
+deployed, as in the released code.
 """
 
 from nnunet_ssl.blocks.losses import labeled_loss, probability_mse
@@ -17,7 +17,7 @@ class nnUNetTrainerMCNet(SemiSupervisedTrainer):
     """MC-Net: decoders of one encoder that upsample in different ways learn from each other's sharpened predictions."""
 
     decoders = 2  # 3: MC-Net+
-    consistency_weight = 1.0  # of the mean squared differences, summed over ordered pairs of decoders, after the ramp-up
+    consistency_weight = 1.0  # of the mean squared differences, summed over pairs of decoders, after the ramp-up
     rampup = 0.4  # part of the training after which the consistency weight is full
     temperature = 0.1  # of the sharpening; towards 0 targets are 0 and 1
 

@@ -1,9 +1,10 @@
 """PSC, pair shuffle consistency: He, Cai, Li & Ma, MICCAI 2024. A reconstruction from its abstract; it has no code.
 
-What the abstract says: pairs of images are divided into patches, which are shuffled over both; labeled patches have their
-labels, unlabeled ones are held consistent with what is said of the unshuffled image, also in pairs of unlabeled images.
-What it does not say, and is our choice: an EMA teacher speaks of the unshuffled image (in a weak view), its hard labels
-teach the unlabeled patches of mixed pairs, its probabilities those of unlabeled pairs, grid, weights and ramp-up.
+What the abstract says: pairs of images are divided into patches, which are shuffled over both; labeled patches have
+their labels, unlabeled ones are held consistent with what is said of the unshuffled image, also in pairs of unlabeled
+images. What it does not say, and is our choice: an EMA teacher speaks of the unshuffled image (in a weak view), its
+hard labels teach the unlabeled patches of mixed pairs, its probabilities those of unlabeled pairs, grid, weights and
+ramp-up.
 """
 
 import torch

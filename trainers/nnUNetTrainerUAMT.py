@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from nnunet_ssl.blocks.losses import probability_mse
-from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, logits, require_stages, update_ema
+from nnunet_ssl.blocks.networks import (
+    finest,
+    forward_with_features,
+    frozen_copy,
+    logits,
+    require_stages,
+    update_ema,
+)
 from nnunet_ssl.blocks.perturbations import add_noise
 from nnunet_ssl.blocks.pseudo_labels import uncertainty
 from nnunet_ssl.blocks.schedules import sigmoid_rampup, warmup_decay
@@ -54,7 +61,7 @@ class nnUNetTrainerUAMT(SemiSupervisedTrainer):
             return [*skips[:-1], F.dropout(skips[-1], self.dropout)]
 
         output, _ = forward_with_features(self.companions.teacher, add_noise(image, self.noise), drop)
-        return self.probabilities(output[0] if isinstance(output, list) else output)
+        return self.probabilities(finest(output))
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))

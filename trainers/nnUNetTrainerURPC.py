@@ -1,10 +1,10 @@
 """URPC, uncertainty rectified pyramid consistency: Luo et al. 2021 (arXiv:2012.07042).
 
-Differs from the released code on purpose: the pyramid's heads are those of nnU-Net's deep supervision, with the released
-3D code's dropout of whole channels in front of each (released: their input, and for 2D another perturbation per head),
-labeled scans have nnU-Net's Dice and cross entropy at the resolution of each head, as the mean over the heads (released:
-at full resolution), the ramp-up is a part of the training, and the weight is doubled because nnU-Net's Dice + cross
-entropy is twice that code's supervised loss.
+Differs from the released code on purpose: the pyramid's heads are those of nnU-Net's deep supervision, with the
+released 3D code's dropout of whole channels in front of each (released: their input, and for 2D another perturbation
+per head), labeled scans have nnU-Net's Dice and cross entropy at the resolution of each head, as the mean over the
+heads (released: at full resolution), the ramp-up is a part of the training, and the weight is doubled because nnU-Net's
+Dice + cross entropy is twice that code's supervised loss.
 """
 
 import torch

@@ -32,7 +32,7 @@ class Batch:
         unlabeled: unlabeled images (B, C, *spatial), fully augmented. There is no target of them anywhere.
         unlabeled_weak: the same crops with spatial augmentation only; None unless the method sets `weak_view`.
 
-    What the method says it does not learn from in this part of the training is None, see `SemiSupervisedTrainer.streams`.
+    What the method does not learn from in this part of the training is None, see `SemiSupervisedTrainer.streams`.
     """
 
     image: Tensor | None
@@ -75,7 +75,8 @@ def to_device(item: dict, device: torch.device, weak_view: bool, intensity: OnDe
     def move(x):
         return [move(scale) for scale in x] if isinstance(x, list) else x.to(device, non_blocking=True)
 
-    given = {name: move(item[name]) for name in ("data", "target", "unlabeled", "unlabeled_weak", "outside") if name in item}
+    names = {"data", "target", "unlabeled", "unlabeled_weak", "outside"} & item.keys()
+    given = {name: move(item[name]) for name in names}
     unlabeled, weak = given.get("unlabeled"), given.get("unlabeled_weak")
     if intensity is not None and weak is not None:
         unlabeled, weak = intensity(weak, given.get("outside"))

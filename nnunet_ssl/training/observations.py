@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, autocast, nn
 
-from nnunet_ssl.blocks.networks import forward_with_features, has_stages, logits, of_all_ranks, unwrap
+from nnunet_ssl.blocks.networks import finest, forward_with_features, has_stages, logits, of_all_ranks, unwrap
 from nnunet_ssl.blocks.pseudo_labels import hard_labels, probabilities
 from nnunet_ssl.data.loading import Batch
 
@@ -57,7 +57,7 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
             stack.enter_context(evaluating(network))
         if has_stages(student):
             output, skips = forward_with_features(student, patches)
-            own, features = (output[0] if isinstance(output, list) else output), skips[-1]
+            own, features = finest(output), skips[-1]
             del output, skips
         else:
             own = logits(student, patches)
