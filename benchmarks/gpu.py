@@ -139,6 +139,7 @@ def measured(args) -> dict:
     torch.backends.cudnn.benchmark = cuda  # as nnUNetv2_train
     fold = int(args.fold) if args.fold.isdecimal() else args.fold
     trainer = get_trainer_from_args(args.dataset, args.configuration, fold, args.one, device=device)
+    trainer.supervised_part = 0.0  # every step is the method's
     trainer.on_train_start()
     trainer.on_train_epoch_start()
 

@@ -46,6 +46,7 @@ def main() -> None:
     ratios = {}
     for name in args.trainers:
         trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, name, device=torch.device("cpu"))
+        trainer.supervised_part = 0.0  # whose batches have no unlabeled patches
         trainer.initialize()
         loaders = trainer.get_dataloaders()[0].data_loader  # inside of the single-threaded augmenter: our pair
         pairs = []

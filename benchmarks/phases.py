@@ -29,6 +29,8 @@ def phase(args) -> None:
     trainer.num_iterations_per_epoch, trainer.num_epochs = STEPS_PER_EPOCH, task.steps // STEPS_PER_EPOCH
     trainer.num_val_iterations_per_epoch = 5  # monitoring only
     trainer.save_every = 1
+    if args.start:
+        trainer.supervised_part = 0.0  # of ours: the first phase was it
     for setting in args.settings:
         name, value = setting.split("=", 1)
         if not hasattr(trainer, name):

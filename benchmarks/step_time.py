@@ -56,14 +56,15 @@ PASSES = {
 
 
 def find_trainer(name: str, args):
-    return get_trainer_from_args(args.dataset, args.configuration, args.fold, name, device=torch.device(args.device))
+    device = torch.device(args.device)
+    trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, name, device=device)
+    trainer.supervised_part = 0.5 if args.supervised else 0.0  # of ours; else every step is the method's
+    return trainer
 
 
 def prepared(name: str, args) -> tuple:
     """A trainer in its training, and the batches for a block: in memory, or with --supervised its loader."""
     trainer = find_trainer(name, args)
-    if args.supervised:
-        trainer.supervised_part = 0.5
     trainer.on_train_start()
     trainer.network.train()
     if args.supervised:

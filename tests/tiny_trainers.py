@@ -52,6 +52,7 @@ def make_trainer(trainer: type, dataset: Path, configuration: str = "3d_fullres"
         "num_epochs": 2,
         "num_iterations_per_epoch": 2,
         "num_val_iterations_per_epoch": 1,
+        "supervised_part": 0.0,  # its tests are in training/test_supervised_phase.py
         **settings,
     }
     for name, value in settings.items():

@@ -21,6 +21,7 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     """M3HL: labeled and unlabeled scans mixed by random block masks, feature consistency with an EMA teacher."""
 
+    supervised_part = 0.5  # first part of the training: stock nnU-Net on the labeled scans; the rest is of what follows
     mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
     mask_ratio = 0.5  # part of the cells of an unlabeled image that is masked and filled from a labeled one (Eq. 2)
     complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
@@ -137,6 +138,7 @@ class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):
     the released code keeps the student, and so do we.
     """
 
+    supervised_part = 0.0
     unmixed = 0.0
     pseudo_weight = 0.5
     feature_weight = 0.5

@@ -112,6 +112,8 @@ class History:
         header, *rows = self.read()
         numbers = ([float(value or "nan") for value in row] for row in rows)
         columns = dict(zip(header, zip(*numbers, strict=True), strict=True))
+        if not any(np.isfinite(values).any() for name, values in columns.items() if name != "epoch"):
+            return
         # nnU-Net's progress.png leaves huge fonts behind
         with style.context("default"), replacing(self.picture) as temporary:
             draw(columns, self.other, self.boundary).savefig(temporary, format="png", dpi=100)

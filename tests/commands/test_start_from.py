@@ -14,7 +14,6 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.start_from import last_epochs
-from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.training.preflight import only_training
 
@@ -39,7 +38,6 @@ def results(supervised, tmp_path, monkeypatch):
     folder = tmp_path / "results"
     shutil.copytree(supervised, folder)
     monkeypatch.setenv("nnUNet_results", str(folder))
-    monkeypatch.setattr(SemiSupervisedTrainer, "supervised_part", 0.5)
     return folder
 
 
@@ -55,8 +53,8 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def continued(checkpoint):
-    trainer = get_trainer_from_args("701", "3d_fullres", 0, OURS, device=torch.device("cpu"), continue_training=True)
+def continued(checkpoint, name=OURS):
+    trainer = get_trainer_from_args("701", "3d_fullres", 0, name, device=torch.device("cpu"), continue_training=True)
     trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 1
     trainer.load_checkpoint(str(checkpoint))
     return trainer
@@ -86,7 +84,7 @@ def test_the_second_phase_starts_as_behind_a_supervised_phase(results, tiny_data
     ours_first = first_losses(ours)
 
     seed()
-    whole = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=4)
+    whole = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=4, supervised_part=0.5)
     save = whole.save_checkpoint
     boundary = Path(whole.output_folder) / "boundary.pth"
     whole.on_train_epoch_end = lambda outputs, end=whole.on_train_epoch_end: (
@@ -113,10 +111,10 @@ def test_the_second_phase_trains_to_its_end_and_keeps_the_models_curves(results)
     assert "-pretrained_weights leaves out" not in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
-def test_without_a_supervised_part_the_whole_training_is_the_second_phase(results, monkeypatch):
-    monkeypatch.setattr(SemiSupervisedTrainer, "supervised_part", 0.0)
-    assert main([*ARGUMENTS, "--model", "nnUNetTrainer"]) == 0
-    trainer = continued(model(results, OURS) / "fold_0/checkpoint_latest.pth")
+def test_without_a_supervised_part_the_whole_training_is_the_second_phase(results):
+    paper = "nnUNetTrainerM3HLPaper_4epochs"
+    assert main([*(paper if word == OURS else word for word in ARGUMENTS), "--model", "nnUNetTrainer"]) == 0
+    trainer = continued(model(results, paper) / "fold_0/checkpoint_latest.pth", paper)
     assert (trainer.current_epoch, trainer.step, trainer.max_steps) == (0, 0, 8)
     trainer.run_training()
     assert trainer.step == 8
@@ -244,7 +242,7 @@ def test_a_training_that_is_there_is_replaced_only_when_told(results, capsys):
 def test_self_supervised_weights_are_the_start_of_the_supervised_phase(results, tiny_dataset, tmp_path):
     # a file of nnssl's layout: weights without segmentation heads, and a plan for the adaptation
     seed()
-    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=4)
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, num_epochs=4, supervised_part=0.5)
     trainer.initialize()
     pretrained = {name: torch.full_like(t, 0.01) for name, t in weights(trainer.network).items()}
     pretrained = {name: tensor for name, tensor in pretrained.items() if ".seg_layers." not in name}

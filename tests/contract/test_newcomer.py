@@ -35,7 +35,7 @@ def environment(tmp_path):
 
 
 def test_the_first_commands_of_the_readme_train_and_predict(environment, tmp_path):
-    raw = make_raw_dataset(796, "Newcomer", cases=5, unlabeled=2, test=1, shape=(12, 14, 16))
+    raw = make_raw_dataset(796, "Newcomer", cases=5, unlabeled=2, test=1, shape=(20, 22, 24))
     for scan in (raw / "imagesUn").iterdir():
         scan.rename(scan.with_name(scan.name.replace("_0000", "").replace("unlabeled_", "Müller A.")))
     assert sorted(scan.name for scan in (raw / "imagesUn").iterdir()) == ["Müller A.000.nii.gz", "Müller A.001.nii.gz"]

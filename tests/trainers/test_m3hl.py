@@ -154,7 +154,8 @@ def test_the_variants_of_m3hl_differ_in_attributes_only():
     assert own == {"feature_weight": 0.0, "unmixed": 0.4}
     assert nnUNetTrainerM3.__bases__ == nnUNetTrainerM3HLPaper.__bases__ == (nnUNetTrainerM3HL,)
     paper = {name: value for name, value in vars(nnUNetTrainerM3HLPaper).items() if not name.startswith("__")}
-    assert paper == {"unmixed": 0.0, "pseudo_weight": 0.5, "feature_weight": 0.5, "feature_pairs": "all"}
+    weights = {"pseudo_weight": 0.5, "feature_weight": 0.5}
+    assert paper == {"supervised_part": 0.0, "unmixed": 0.0, "feature_pairs": "all", **weights}
 
 
 def test_an_unknown_pairing_is_refused_at_the_start(tiny_dataset):

@@ -154,3 +154,11 @@ def test_a_method_with_many_terms_has_as_many_looks():
     columns = {"epoch": (0.0,), **{f"term_{i}": (float(i),) for i in range(12)}}
     lines = draw(columns, "teacher").axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+
+
+def test_without_any_finite_number_there_is_no_picture_and_no_error(tmp_path):
+    history = History(tmp_path, "teacher")
+    history.record(0, {"loss": float("nan")}, {}, [], last=True)
+    assert not history.picture.exists()
+    history.record(1, {"loss": 0.5}, {}, [], last=True)
+    assert history.picture.is_file()
