@@ -140,6 +140,7 @@ def measured(args) -> dict:
     fold = int(args.fold) if args.fold.isdecimal() else args.fold
     trainer = get_trainer_from_args(args.dataset, args.configuration, fold, args.one, device=device)
     trainer.supervised_part = 0.0  # every step is the method's
+    trainer._streams_of = lambda epoch: (True, True)  # patches for the steps of any phase
     trainer.on_train_start()
     trainer.on_train_epoch_start()
 

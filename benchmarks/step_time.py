@@ -59,6 +59,8 @@ def find_trainer(name: str, args):
     device = torch.device(args.device)
     trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, name, device=device)
     trainer.supervised_part = 0.5 if args.supervised else 0.0  # of ours; else every step is the method's
+    if not args.supervised:
+        trainer._streams_of = lambda epoch: (True, True)  # patches for the steps of any phase
     return trainer
 
 

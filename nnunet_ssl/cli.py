@@ -331,7 +331,7 @@ def _preview(options) -> None:
     from nnunet_ssl.commands.preview import preview
 
     mixed = preview(**_arguments(options))
-    print(f"Wrote {options.output}." + ("" if mixed else f" {options.trainer_name} does not mix patches."))
+    print(f"Wrote {options.output}." + ("" if mixed else " No mixes: the patches as they are loaded."))
 
 
 def _add_compare(commands) -> None:

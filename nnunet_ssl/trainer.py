@@ -35,7 +35,7 @@ COMPARED_BATCHES = 10  # of the validation batches of an epoch, on which the Dic
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with an unlabeled stream; a method overrides four short functions.
+    """nnU-Net's trainer with an unlabeled stream; a method overrides a few short functions.
 
     A method may use `self.network` (the student), `self.companions.<name>`, `self.loss` (nnU-Net's), `self.step`
     (optimizer steps taken) and `self.max_steps`. Its hyperparameters are class attributes. It derives from this class
@@ -238,12 +238,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return (train if self.supervised_phase else KeptItems(train, self.same_patches)), val
 
     def _streams_of(self, epoch: int) -> tuple[bool, bool]:
-        # what any of its steps needs; a method changes its streams once, so that the first and the last step tell
+        # what any of its steps needs; asked at the begin of an epoch, of this one or of the one before
         if epoch < self.supervised_epochs:
             return True, False
-        begin = (epoch - self.supervised_epochs) * self.num_iterations_per_epoch
-        found = []
-        for step in (begin, begin + self.num_iterations_per_epoch - 1):
+        begin, found = self.step + (epoch - self.current_epoch) * self.num_iterations_per_epoch, []
+        for step in range(begin, begin + self.num_iterations_per_epoch):
             with replaced(self, "step", step):
                 found.append(self.streams())
         return tuple(map(any, zip(*found, strict=True)))

@@ -79,6 +79,7 @@ def train(dataset: Path, results: Path, continued: bool, workers: int, inside: C
         trainer = get_trainer_from_args(
             dataset.name, "3d_fullres", 0, TRAINER, continue_training=continued, device=torch.device("cpu")
         )
+        trainer.supervised_part = 0.0  # every step is the method's
         if inside is not None:
             inside(trainer)
         maybe_load_checkpoint(trainer, continued, False)

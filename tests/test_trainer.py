@@ -113,7 +113,7 @@ def test_losses_are_written_for_every_epoch_and_term(tiny_dataset):
     assert [float(r["loss"]) for r in rows] == pytest.approx(trainer.logger.get_value("train_losses", None), rel=1e-5)
     log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert "Cases: 2 labeled, 6 unlabeled, 1 for validation." in log
-    assert "Every batch: 2 labeled and 2 unlabeled patches of [16, 16, 16] voxels; 4 steps." in log
+    assert "Batches of 2 labeled and 2 unlabeled patches of [16, 16, 16] voxels; 4 steps." in log
     assert "factor = 0.5" in log
     assert re.findall(r"(\d+) epochs left, until about \d{4}-\d\d-\d\d \d\d:\d\d", log) == ["1"]
 

@@ -4,8 +4,11 @@ Differs from the released code on purpose: the student's own prediction, which o
 mixed with the image (released: it is that of the unmixed one), every voxel counts by default, because nnU-Net's
 probabilities are close to 0 and 1 (released: those above 0.8 or 0.95), pseudo labels have nnU-Net's cross entropy and
 Dice (released: the one on LA, the other on ACDC), the box has one size and lies inside of the patch, both teachers are
-in eval mode, the strong view is nnU-Net's intensity augmentation, and the ramp-up is a part of the training. The
-student is deployed, as in the released code.
+in eval mode, the strong view is nnU-Net's intensity augmentation, the teachers' warm-up is that of Mean Teacher
+(released: copies until the ramp-up has ended), and the ramp-up is a part of the training. The weight stands as released
+before pseudo labels' cross entropy plus Dice, which is twice their mean: half of what the released weight is to the
+labeled loss, that has been doubled too. With a batch of one there is no other patch for the box. The student is
+deployed, as in the released code.
 """
 
 from math import log2
@@ -36,6 +39,12 @@ class nnUNetTrainerADMT(SemiSupervisedTrainer):
 
     def losses(self, batch):
         yield {"supervised": self.loss(self.network(batch.image), batch.target)}
+        image, pseudo, counts = self.teach(batch)
+        loss = masked_loss(self.loss, self.network(image), pseudo, counts)
+        yield {"pseudo": self.unlabeled_weight * self.ramp * loss}
+
+    def teach(self, batch):
+        """The image for the student, its pseudo labels, and the voxels that count."""
         regions = {"regions": self.label_manager.has_regions}
         with torch.no_grad():
             weak = batch.unlabeled_weak
@@ -52,9 +61,7 @@ class nnUNetTrainerADMT(SemiSupervisedTrainer):
                 image, both, own, conflict = (mix(x, x.roll(1, 0), mask) for x in (weak, both, own, conflict))
             override = conflict & (confidence(own, **regions) > confidence(both, **regions))
             said = torch.where(override, own, both)
-            pseudo, counts = self.hard_labels(said - 0.5), confidence(said, **regions) >= self.threshold
-        loss = masked_loss(self.loss, self.network(image), pseudo, counts)
-        yield {"pseudo": self.unlabeled_weight * self.ramp * loss}
+            return image, self.hard_labels(said - 0.5), confidence(said, **regions) >= self.threshold
 
     def turn(self):
         """The number of the teacher that this step updates: 0 or 1."""

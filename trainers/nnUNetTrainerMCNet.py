@@ -36,9 +36,7 @@ class nnUNetTrainerMCNet(SemiSupervisedTrainer):
         del outputs, output
         yield terms
         del terms
-        for part in self.half_batches(len(batch.unlabeled)):
-            image = batch.unlabeled[part]
-            yield {"consistency": self.mutual(self.outputs(image), 0.5 * len(image) / len(batch.unlabeled))}
+        yield {"consistency": self.mutual(self.outputs(batch.unlabeled), 0.5)}
 
     def outputs(self, image):
         """What every decoder makes of the stage outputs of the one encoder."""

@@ -2,9 +2,10 @@
 
 Differs from that code on purpose: the teacher is the moving average of the first phase's student and in eval mode
 (released: its last weights, in training mode), the partner of a patch is another patch of the batch (released: of two),
-labeled scans have nnU-Net's Dice and cross entropy, and the teacher sees a weak view. As there, the second phase has no
-labeled scan: the student learns from what the frozen teacher says of the patch without the paste. The student is
-deployed.
+labeled scans have nnU-Net's Dice and cross entropy, the teacher sees a weak view, the pasted foreground is not reduced
+to its largest component, and the learning rate decays over both phases (released: it begins again). With a batch of one
+there is nothing to paste from. As there, the second phase has no labeled scan: the student learns from what the frozen
+teacher says of the patch without the paste. The student is deployed.
 """
 
 import torch
@@ -51,9 +52,10 @@ class nnUNetTrainerOMF(SemiSupervisedTrainer):
 
     def foreground(self, labels):
         """Voxels of any class but the background, or of any region: (B, 1, *spatial) bool."""
-        regions, channels = self.label_manager.has_regions, self.label_manager.num_segmentation_heads
-        truth, _ = self.as_probabilities(labels, channels)
-        return truth[:, 0 if regions else 1 :].bool().any(1, keepdim=True)
+        manager = self.label_manager
+        if manager.has_regions:
+            return labels[:, : manager.num_segmentation_heads].bool().any(1, keepdim=True)
+        return labels > 0 if manager.ignore_label is None else (labels > 0) & (labels != manager.ignore_label)
 
     def after_step(self):
         if self.is_pretraining():

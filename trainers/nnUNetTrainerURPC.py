@@ -1,10 +1,12 @@
 """URPC, uncertainty rectified pyramid consistency: Luo et al. 2021 (arXiv:2012.07042).
 
 Differs from the released code on purpose: the pyramid's heads are those of nnU-Net's deep supervision, with the
-released 3D code's dropout of whole channels in front of each (released: their input, and for 2D another perturbation
+released 3D code's dropout of whole channels in front of each (released: in the decoder, and for 2D another perturbation
 per head), labeled scans have nnU-Net's Dice and cross entropy at the resolution of each head, as the mean over the
-heads (released: at full resolution), the ramp-up is a part of the training, and the weight is doubled because nnU-Net's
-Dice + cross entropy is twice that code's supervised loss.
+heads (released: at full resolution), the rectified distance is normalised over half a batch (released: all of it), the
+ramp-up is a part of the training, and the weight is doubled because nnU-Net's Dice + cross entropy is twice that code's
+supervised loss. In networks of up to five stages the pyramid has the head that nnU-Net does not train: after a
+supervised phase it is random.
 """
 
 import torch

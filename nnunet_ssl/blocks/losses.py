@@ -149,16 +149,19 @@ def kl_divergence(target: Tensor, logits: Tensor, *, regions: bool = False) -> T
     """KL(target || prediction) of every voxel: sum over the classes, or over the yes-no questions of the regions.
 
     Args:
-        target: probabilities (B, C, *spatial), float32. Its gradient is left to the caller.
+        target: probabilities (B, C, *spatial), float32; with gradient, if it has one. Taken off 0 and 1, where the
+            logarithm of the target has none.
         logits: of the prediction, same shape; taken in float32.
         regions: the channels are overlapping regions.
 
     Returns:
-        (B, 1, *spatial), at least 0.
+        (B, 1, *spatial), at least 0 but for rounding.
     """
     logits = logits.float()
     if not regions:
+        target = target.clamp_min(1e-30)
         return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1, keepdim=True)
+    target = target.clamp(1e-7, 1 - 1e-7)
     yes = F.kl_div(F.logsigmoid(logits), target, reduction="none")
     return (yes + F.kl_div(F.logsigmoid(-logits), 1 - target, reduction="none")).sum(1, keepdim=True)
 

@@ -86,7 +86,7 @@ def preview(
         else:
             trainer.load_checkpoint(str(file))
         trainer.current_epoch, trainer.step = trainer.supervised_epochs, trainer.max_steps // 3
-        while not trainer.streams()[1]:
+        while trainer.step < trainer.max_steps and not trainer.streams()[1]:
             trainer.step += 1
         with replaced(trainer, "streams", lambda: (True, True)):  # what the method does not learn from is shown too
             loader = trainer.get_dataloaders()[0]

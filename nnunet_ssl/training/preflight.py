@@ -211,7 +211,7 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         f"Cases: {', '.join(f'{number} {kind}' for kind, number in numbers.items())}.",
         *[f"Supervised phase: {first} of {trainer.num_epochs} epochs, on {size} labeled patches a batch."]
         * (first > 0),
-        f"Every batch: {size} labeled and {size} unlabeled patches of {patch_size} voxels; {trainer.max_steps} steps.",
+        f"Batches of {size} labeled and {size} unlabeled patches of {patch_size} voxels; {trainer.max_steps} steps.",
         f"{type(trainer).__name__}: {', '.join(f'{name} = {value}' for name, value in sorted(settings.items()))}",
     ]
     if unlabeled.predicted:

@@ -557,7 +557,19 @@ def test_the_divergence_is_summed_over_classes():
     expected = (target * (target / prediction).log()).sum(1, keepdim=True)
     torch.testing.assert_close(kl_divergence(target, logits), expected)
     torch.testing.assert_close(kl_divergence(prediction, logits), torch.zeros(2, 1, 4, 5), atol=1e-6, rtol=0)
-    assert kl_divergence(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[60000.0], [-60000.0]]]).half()).item() == 0
+    sure = kl_divergence(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[60000.0], [-60000.0]]]).half())
+    assert sure.item() == pytest.approx(0, abs=1e-20)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("size", [0.5, 20.0, 120.0])
+def test_the_divergence_of_sure_networks_has_a_finite_gradient(regions, size):
+    logits = (size * torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]])).requires_grad_()
+    other = (0.9 * logits).detach().requires_grad_()
+    target = logits.sigmoid() if regions else logits.softmax(1)
+    kl_divergence(target, other, regions=regions).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert other.grad.isfinite().all()
 
 
 def test_the_divergence_of_regions_is_that_of_their_questions():

@@ -15,6 +15,7 @@ from nnunet_ssl.data.loading import UnlabeledDataset
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunet_ssl.trainers.nnUNetTrainerOMF import nnUNetTrainerOMF
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 from nnunet_ssl.training.history import draw
 
@@ -128,6 +129,21 @@ def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_d
         assert resumed.supervised_epochs == 2  # that of the training which is continued
         resumed.run_training()
         assert [rate for _, rate, _ in later] == [rate for _, rate, _ in epochs[done:]]
+        for (ours, _, _), (theirs, _, _) in zip(later, epochs[done:], strict=True):
+            assert same(ours, theirs), done
+
+
+def test_a_training_continues_where_it_begins_to_load_other_patches_to_the_bit(tiny_dataset):
+    seed()
+    trainer = make_trainer(nnUNetTrainerOMF, tiny_dataset, num_epochs=4, pretraining=0.5, save_every=1)
+    epochs = recorded(trainer)
+    trainer.run_training()
+    for done in (1, 2, 3):
+        seed(99)
+        resumed = make_trainer(nnUNetTrainerOMF, tiny_dataset, num_epochs=4, pretraining=0.5)
+        resumed.load_checkpoint(str(epochs[done - 1][2]))
+        later = recorded(resumed)
+        resumed.run_training()
         for (ours, _, _), (theirs, _, _) in zip(later, epochs[done:], strict=True):
             assert same(ours, theirs), done
 
