@@ -466,7 +466,7 @@ def test_stock_commands_plan_train_and_predict_the_communitys_folder(tmp_path, m
         nnunet_command(*f"{plan} -npfp 1 -np 1".split())
     file = Path(paths.nnUNet_preprocessed) / raw.name / "nnUNetPlans.json"
     plans = json.loads(file.read_text(encoding="utf-8"))
-    plans["configurations"]["2d_small"] = small_configuration(plans, (128, 128), (4, 8), 2, base="2d")
+    plans["configurations"]["2d_small"] = small_configuration(plans, (128, 128), (4, 8, 8), 2, base="2d")
     file.write_text(json.dumps(plans), encoding="utf-8")
     output = nnunet_command(*f"nnUNetv2_train 979 2d_small 0 {model}".split())
     assert "4 unlabeled" in output
