@@ -18,7 +18,7 @@ import torch
 from nnunet_ssl.blocks.losses import masked_loss
 from nnunet_ssl.blocks.mixing import box_mask, mix
 from nnunet_ssl.blocks.networks import frozen_copy, logits, update_ema
-from nnunet_ssl.blocks.pseudo_labels import confidence, uncertainty
+from nnunet_ssl.blocks.pseudo_labels import confidence, hard_labels, uncertainty
 from nnunet_ssl.blocks.schedules import turn, warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
@@ -54,7 +54,8 @@ class nnUNetTrainerADMT(SemiSupervisedTrainer):
             first, second = (self.probabilities(output) for output in teachers)
             share = (self.bits(second) - self.bits(first)).sigmoid()  # exp(-h1) / (exp(-h1) + exp(-h2))
             both = share * first + (1 - share) * second
-            conflict = (self.hard_labels(first - 0.5) != self.hard_labels(second - 0.5)).any(1, keepdim=True)
+            conflict = hard_labels(first - 0.5, **regions) != hard_labels(second - 0.5, **regions)
+            conflict = conflict.any(1, keepdim=True)
             image = batch.unlabeled
             if self.turn():
                 mask = box_mask(len(weak), weak.shape[2:], side=self.box_side, device=weak.device)

@@ -3,9 +3,10 @@
 Differs from the paper and its released code on purpose: masks are drawn per sample by count and really applied (the
 released LA script returns masks of ones), the teacher starts as a copy of the student (released: an independent random
 network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), the teacher sees a weak
-view (spatial augmentation only), and the last part of the training is on whole patches without the feature terms:
-networks that only ever saw mixed patches did worse on scans, which are not mixed (`unmixed=0.0` in benchmarks/results).
-The student is deployed, as in the released code.
+view (spatial augmentation only), the first half of the training is stock nnU-Net on the labeled scans
+(`supervised_part`), and the last part of the other half is on whole patches without the feature terms: networks that
+only ever saw mixed patches did worse on scans, which are not mixed (`unmixed=0.0` in benchmarks/results). The student
+is deployed, as in the released code.
 """
 
 import torch
