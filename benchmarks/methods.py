@@ -109,7 +109,9 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(nnUNet_results) / self.task / f"seed_{self.seed}" / self.row.replace(", ", "_")
+        # a supervised training alone is the first phase of the others
+        name = FIRST_PHASE if self.row == f"{SUPERVISED}, alone" else self.row.replace(", ", "_")
+        return Path(nnUNet_results) / self.task / f"seed_{self.seed}" / name
 
     @property
     def trainer(self) -> str:

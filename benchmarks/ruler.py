@@ -115,6 +115,31 @@ def against(method: Scores, other: Scores) -> tuple[float, float]:
     return difference.mean(), stats.wilcoxon(difference).pvalue if len(seeds) > 1 else np.nan
 
 
+def pooled(tasks: dict[str, dict[str, Scores]], name: str, other: str = SELF_TRAINING) -> tuple[float, int, float]:
+    """A row against another one over all tasks that have both.
+
+    A patient who is in several tasks counts once, with the mean of the differences.
+
+    Returns: the mean of the tasks' differences, the number of patients, and the p of Wilcoxon's test over them.
+    """
+    means, of_patients = [], {}
+    for task, rows in tasks.items():
+        if not {name, other} <= rows.keys():
+            continue
+        method, compared = rows[name], rows[other]
+        seeds = [seed for seed in method.seeds if seed in compared.seeds]
+        if not seeds:
+            continue
+        difference = (method.dice(seeds) - compared.dice(seeds)).mean(0)
+        means.append(difference.mean())
+        for patient, value in zip(method.patients, difference, strict=True):
+            of_patients.setdefault((TASKS[task].dataset, patient), []).append(value)
+    differences = [np.mean(values) for values in of_patients.values()]
+    if not differences:
+        return np.nan, 0, np.nan
+    return np.mean(means), len(differences), stats.wilcoxon(differences).pvalue
+
+
 def closed_by(scores: Scores, supervised: Scores, reference: Scores, metric: str) -> str:
     """The part of the gap in percent with its interval; nothing where there is no gap or no common seed."""
     seeds = [seed for seed in scores.seeds if seed in supervised.seeds]
@@ -202,6 +227,11 @@ def main() -> None:
         with replacing(table_file(task, args.on).with_suffix(".md")) as temporary:
             temporary.write_text(text)
         print(text)
+    results = {task: read(task, args.on) for task in tasks}
+    for name in dict.fromkeys(name for rows in results.values() for name in rows if name != SELF_TRAINING):
+        difference, patients, p = pooled(results, name)
+        if patients:
+            print(f"{name} against self-training, all tasks: {difference:+.2f}, {patients} patients, p = {p:.4f}")
     picture = PICTURE if args.on == "test" else RESULTS / "development.png"
     if tasks:
         draw(tasks, args.on, picture)

@@ -45,6 +45,22 @@ def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
     assert np.isnan(ruler.against(method, single)[1])
 
 
+def test_a_patient_of_several_tasks_counts_once():
+    def scores(name, added):
+        return ruler.Scores(rows(name, {0: {f"case{n}": 80 + n + added(n) for n in range(7)}}))
+
+    tasks = {}
+    for task, gain in (("LA-4", 4.0), ("LA-8", -1.0), ("ACDC-3", 2.0)):
+        # one patient of the left atrium loses more in the second task than it wins in the first
+        method = scores("x", lambda n, gain=gain: gain - 9 * (n == 6 and gain < 0))
+        tasks[task] = {"x": method, "self-training": scores("self-training", lambda n: 0)}
+    difference, patients, p = ruler.pooled(tasks, "x")
+    assert difference == pytest.approx((4 - 1 - 9 / 7 + 2) / 3)
+    assert patients == 14
+    assert p == pytest.approx(ruler.stats.wilcoxon([1.5] * 6 + [-3.0] + [2.0] * 7).pvalue)
+    assert ruler.pooled({"LA-4": {"x": method}}, "x")[1] == 0
+
+
 def test_a_class_that_is_not_found_counts_as_zero(tmp_path):
     reference, prediction = np.zeros((2, 1, 4, 4), np.uint8)
     reference[0, 0], reference[0, 1] = 1, 2
