@@ -10,6 +10,9 @@ from test_bad_input import BAD_ARGUMENTS, BAD_COMMANDS, BAD_DATA, BAD_ENVIRONMEN
 from tiny_trainers import every_trainer
 
 TESTS = Path(__file__).parents[1]
+sys.path.append(str(TESTS.parent / "benchmarks"))
+import ruler
+import step_time
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +82,33 @@ def test_the_table_names_every_mistake_its_message_and_its_test(collected):
     others = ("any_json", "any_bytes", "deep_json")
     missing = own - {test.partition("[")[0] for test in named}
     assert not [name for name in missing if not any(other in name for other in others)]
+
+
+def test_the_table_of_methods_has_every_trainer_with_its_paper_cost_and_dice():
+    root = TESTS.parent
+    lines = (root / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    table = {row[0]: row[1:] for row in rows if len(row) == 9 and set(row[0]) != {"-"}}
+    header = table.pop("trainer `nnUNetTrainer...")
+    times = (root / "benchmarks" / "results" / "step_time_3d_fullres_quick_cpu.md").read_text(encoding="utf-8")
+    measured = {task: ruler.read(task, "test") for task in header[-2:]}
+    trainers = [t.__name__ for t in every_trainer() if not t.__name__.endswith("Paper")]
+    assert {*trainers} <= step_time.PASSES.keys()
+    assert table.keys() == {name.removeprefix("nnUNetTrainer") for name in step_time.PASSES} | {"nnUNetTrainer"}
+    for short, (paper, idea, _, passes, cost, _, *dice) in table.items():
+        name = short if short == "nnUNetTrainer" else f"nnUNetTrainer{short}"
+        assert len(idea.split()) <= 10
+        if name in trainers:
+            first = (root / "trainers" / f"{name}.py").read_text(encoding="utf-8").partition("\n")[0]
+            ids = re.findall(r"\d{4}\.\d{5}", first)
+            assert list(dict.fromkeys(re.findall(r"\d{4}\.\d{5}", paper))) == ids, name
+            assert ids or paper.startswith("none") or re.search(r"20\d\d", paper).group() in first, name
+        if name in step_time.PASSES:
+            assert passes.split(",")[0] == "{} + {}".format(*step_time.PASSES[name]), name
+            step = re.search(rf"\| {name} \|.*?\|.*?\| ([\d.]+) \(", times).group(1)
+            assert float(cost.split(",")[0]) == pytest.approx(float(step), abs=0.06), name
+        for task, cell in zip(header[-2:], dice, strict=True):
+            method = "supervised" if name == "nnUNetTrainer" else name
+            found = [measured[task].get(f"{method}{settings}, alone") for settings in ("", ", supervised_part=0.0")]
+            found = [scores.dice([0]).mean() for scores in found if scores is not None]
+            assert cell == (f"{found[0]:.1f}" if found else ""), f"{name}, {task}"
