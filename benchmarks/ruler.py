@@ -41,6 +41,8 @@ from nnunet_ssl.system.files import replacing
 
 REFERENCE = {"LA-8": "LA-60", "LA-4": "LA-60", "ACDC-7": "ACDC-60", "ACDC-3": "ACDC-60"}
 PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
+PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
+RECOMMENDED = "nnUNetTrainerM3HL"
 RESAMPLES = 5000
 
 
@@ -217,6 +219,35 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
     plt.close(figure)
 
 
+def draw_patients(tasks: list[str], on: str, file: Path) -> None:
+    """A column per patient: where the recommended trainer stands between few labels and all."""
+    figure, axes = plt.subplots(len(tasks), 1, figsize=(10, 2.9 * len(tasks)), squeeze=False)
+    for axis, task in zip(axes[:, 0], tasks, strict=True):
+        rows, reference = read(task, on), read(REFERENCE[task], on)[SUPERVISED]
+        few, method = rows[SUPERVISED], rows[RECOMMENDED]
+        order = np.argsort(few.dice(few.seeds).mean(0))
+        places = np.arange(len(order))
+        ours = RECOMMENDED.removeprefix("nnUNetTrainer")
+        for scores, metric, label, marker, style in (
+            (few, "dice", "supervised, few labels", "o", {"color": "0.5"}),
+            (method, "dice", ours, "o", {"color": COLOURS[0]}),
+            (method, "dice_largest", f"{ours}, largest component", "^", {"color": "black", "fillstyle": "none"}),
+            (reference, "dice", "supervised, all labels", "_", {"color": COLOURS[2], "mew": 2.5}),
+        ):
+            dice, size = scores.dice(scores.seeds, metric).mean(0)[order], 16 if marker == "_" else 8
+            axis.plot(places, dice, marker, markersize=size, label=label, **style)
+        axis.set_xticks(places, [few.patients[index][:10] for index in order], rotation=45, ha="right", fontsize=8)
+        axis.set_title(f"{task}: {on} patients, from hard to easy", fontsize=11, loc="left")
+        axis.set_ylabel("Dice (%)")
+        axis.grid(axis="x", color="0.93")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", choices=("development", "test"), default="test")
@@ -235,6 +266,9 @@ def main() -> None:
     picture = PICTURE if args.on == "test" else RESULTS / "development.png"
     if tasks:
         draw(tasks, args.on, picture)
+    shown = [task for task in tasks if {SUPERVISED, RECOMMENDED} <= results[task].keys()]
+    if shown and args.on == "test":
+        draw_patients(shown, args.on, PATIENTS_PICTURE)
 
 
 if __name__ == "__main__":

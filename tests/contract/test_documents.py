@@ -9,10 +9,11 @@ import pytest
 from test_bad_input import BAD_ARGUMENTS, BAD_COMMANDS, BAD_DATA, BAD_ENVIRONMENT
 from tiny_trainers import every_trainer
 
-TESTS = Path(__file__).parents[1]
-sys.path.append(str(TESTS.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import ruler
 import step_time
+
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
