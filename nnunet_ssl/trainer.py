@@ -1,7 +1,7 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from nnunet_ssl.blocks import pseudo_labels
 from nnunet_ssl.blocks.networks import broadcast, compile_in_place, has_batch_norm, set_deep_supervision, unwrap
@@ -25,7 +26,7 @@ from nnunet_ssl.training.health import Health
 from nnunet_ssl.training.history import History, time_left
 from nnunet_ssl.training.loaders import KeptItems, make_repeatable, start_loaders, stop_loaders
 from nnunet_ssl.training.observations import dice_by_network, evaluating, observe, pseudo_labeler
-from nnunet_ssl.training.optimizer import LaterScheduler, update_weights
+from nnunet_ssl.training.optimizer import LaterScheduler, accumulate_gradients, add_networks, update_weights
 from nnunet_ssl.training.random_state import seed_from_environment, set_random_state
 from nnunet_ssl.training.variants import epoch_variants as epoch_variants  # for the files of trainers
 from nnunet_ssl.training.variants import stock_settings
@@ -47,6 +48,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     max_gradient_norm = 12  # as in nnU-Net, whose Primus trainers have 1
     rampup = 0.0  # part of the training after which `self.ramp` is 1
     weak_view = False  # also give the method every unlabeled crop with spatial augmentation only
+    signed_distance = False  # also give it the signed distances to the boundaries of the labeled crops' classes
     supervised_part = 0.0  # first part of the training that is stock nnU-Net on the labeled cases, in whole epochs
 
     # ---- what a method overrides ----
@@ -55,7 +57,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Networks beside `self.network`, by name: what segments is called teacher... (frozen) or student....
 
         Any other name is a module that does not segment, such as a head or a discriminator. What requires gradients
-        is trained by the same optimizer; everything is saved, and restored by --c.
+        is trained by the same optimizer, but for `build_optimizers`; everything is saved, and restored by --c.
+        """
+        return {}
+
+    def build_optimizers(self) -> dict[str, Optimizer]:
+        """Further optimizers, by name, each of companions that it alone trains, such as a discriminator's Adam.
+
+        Made anew where the companions are. They step where there are gradients; their learning rates are their own.
         """
         return {}
 
@@ -142,6 +151,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = 0  # of the semi-supervised phase
         self.supervised_epochs = 0  # known from `initialize` on
         self.companions = SimpleNamespace()
+        self.optimizers: dict[str, Optimizer] = {}  # beside nnU-Net's
         self._intensity: OnDevice | None = None  # augmentation on the training device
         self._losses: dict[str, float] = {}  # means of the epoch
         self._observations: dict = {}  # of the epoch's last batch
@@ -182,17 +192,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._first_weights = next(unwrap(self.network).parameters()).detach().clone()
 
     def _restart_optimizer(self) -> None:
-        # nnU-Net's, of all trained networks, and its learning rate over the epochs of the present phase
+        # nnU-Net's and further ones, of all trained networks; nnU-Net's learning rate over the present phase's epochs
         begin = 0 if self.supervised_phase else self.supervised_epochs
         epochs = self.supervised_epochs if self.supervised_phase else self.num_epochs - begin
         with replaced(self, "num_epochs", epochs):
             self.optimizer, scheduler = self.configure_optimizers()
         self.lr_scheduler = LaterScheduler(scheduler, begin) if begin else scheduler
-        for network in self.trained_networks()[1:]:
-            self.optimizer.add_param_group({"params": [p for p in network.parameters() if p.requires_grad]})
+        self.optimizers = self.build_optimizers()
+        add_networks(self.optimizer, self.trained_networks()[1:], self.optimizers.values())
 
     def _restart_companions(self) -> None:
-        # in place: the optimizer holds the parameters of those that are trained
+        # in place: optimizers hold the parameters of those that are trained
         for name, network in self.build_companions().items():
             getattr(self.companions, name).load_state_dict(network.state_dict())
         broadcast(vars(self.companions).values())
@@ -233,7 +243,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         used = [data if is_used else None for data, is_used in streams]
         self._intensity = OnDevice(transforms) if self._augments_on_device else None
         views = {"weak_view": self.weak_view, "strong_view": self._intensity is None}
-        loaders = make_loaders(*used, val, sizes, (transforms, val_transforms), views, sampling)
+        distances = self.signed_distance and not self.supervised_phase
+        loaders = make_loaders(*used, val, sizes, (transforms, val_transforms), views, sampling, distances)
         train, val = start_loaders(*loaders, self.device, self.num_input_channels, folder / "dataset.json")
         return (train if self.supervised_phase else KeptItems(train, self.same_patches)), val
 
@@ -298,27 +309,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.supervised_phase:
             return super().train_step(batch)
         keys, batch = batch.get("keys", []), self._to_device(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor] = {}
-        losses = iter(self.losses(batch))
+        optimizers = [self.optimizer, *self.optimizers.values()]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel would exchange gradients in every backward pass; a step exchanges their sum
-        plain = self.network.module if self.is_ddp else self.network
-        while True:
-            # as in nnU-Net: autocast only where there is CUDA; the backward pass runs outside of it
-            with autocast("cuda") if self.device.type == "cuda" else nullcontext(), replaced(self, "network", plain):
-                group = next(losses, None)
-                total = None if group is None else sum(group.values())
-            if group is None:
-                break
-            if not group:
-                continue
-            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
-            for name, value in group.items():
-                terms[name] = terms.get(name, 0) + value.detach()
-            del group, total
+        with replaced(self, "network", self.network.module if self.is_ddp else self.network):
+            terms = accumulate_gradients(iter(self.losses(batch)), self._precision, self.grad_scaler)
         if not terms:
             raise RuntimeError(f"{type(self).__name__}.losses gave no term in step {self.step}. Yield at least one.")
-        update_weights(self.optimizer, self.trained_networks(), self.max_gradient_norm, self.grad_scaler)
+        update_weights(optimizers, self.trained_networks(), self.max_gradient_norm, self.grad_scaler)
         self.after_step()
         self.step += 1
         images = {f"labeled images ({', '.join(keys)})": batch.image, "unlabeled images": batch.unlabeled}
@@ -333,11 +332,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.health.check_terms(by_name, images, self.step, self.current_epoch, Path(self.output_folder))
         return {"loss": values.sum(), **by_name}
 
+    def _precision(self) -> AbstractContextManager:
+        return autocast("cuda") if self.device.type == "cuda" else nullcontext()  # as in nnU-Net
+
     def _to_device(self, batch: dict) -> Batch:
         return to_device(batch, self.device, self.weak_view, self._intensity)
 
     def trained_networks(self) -> list[nn.Module]:
-        """The networks that the optimizer trains: `self.network` and companions that require gradients."""
+        """The networks that the optimizers train: `self.network` and companions that require gradients."""
         companions = vars(self.companions).values()
         return [self.network, *(c for c in companions if any(p.requires_grad for p in c.parameters()))]
 
@@ -411,7 +413,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
         stock, deployed = super().save_checkpoint, unwrap(self._deployed())
         progress = {"step": self.step, "supervised_epochs": self.supervised_epochs}
-        checkpoints.save(Path(filename), stock, networks, self.optimizer, deployed, progress, self.current_epoch)
+        optimizers = (self.optimizer, self.optimizers)
+        checkpoints.save(Path(filename), stock, networks, *optimizers, deployed, progress, self.current_epoch)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
@@ -433,7 +436,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.step = max(0, self.current_epoch - self.supervised_epochs) * self.num_iterations_per_epoch
             self._restart_companions()
             return
-        checkpoints.restore(state, networks, self.optimizer)
+        checkpoints.restore(state, networks, self.optimizer, self.optimizers)
         self.step = state["step"]
         if self.step == 0 < self.supervised_epochs:  # its companions were never trained
             self._restart_companions()

@@ -1,6 +1,7 @@
 """Companion networks: frozen copies, EMA, and what a method reads from a network."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -31,6 +32,22 @@ def frozen_copy(network: nn.Module) -> nn.Module:
 def trainable_copy(network: nn.Module) -> nn.Module:
     """An independent copy with the same weights, to be trained as well (a second student)."""
     return deepcopy(unwrap(network))
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """In the block, a trained network judges: eval mode, and what it computes leaves no gradient in its parameters.
+
+    Gradients go through it to its input. They are left out also where they are back-propagated after the block.
+    """
+    training, trained = network.training, [p for p in network.parameters() if p.requires_grad]
+    network.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:

@@ -15,6 +15,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nnunet_ssl.blocks.distances import signed_distances
+from nnunet_ssl.blocks.pseudo_labels import as_probabilities
 from nnunet_ssl.data.augmentation import OnDevice, split_transforms
 from nnunet_ssl.system.pool import exit_with_parent
 
@@ -31,6 +33,8 @@ class Batch:
             with an ignore label, one more channel; with deep supervision a list, full size first.
         unlabeled: unlabeled images (B, C, *spatial), fully augmented. There is no target of them anywhere.
         unlabeled_weak: the same crops with spatial augmentation only; None unless the method sets `weak_view`.
+        signed_distance: of the labeled images, (B, foreground classes or regions, *spatial), float32, see
+            `signed_distances`; None unless the method sets `signed_distance`.
 
     What the method does not learn from in this part of the training is None, see `SemiSupervisedTrainer.streams`.
     """
@@ -39,6 +43,7 @@ class Batch:
     target: Tensor | list[Tensor] | None
     unlabeled: Tensor | None
     unlabeled_weak: Tensor | None = None
+    signed_distance: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -75,12 +80,13 @@ def to_device(item: dict, device: torch.device, weak_view: bool, intensity: OnDe
     def move(x):
         return [move(scale) for scale in x] if isinstance(x, list) else x.to(device, non_blocking=True)
 
-    names = {"data", "target", "unlabeled", "unlabeled_weak", "outside"} & item.keys()
+    names = {"data", "target", "unlabeled", "unlabeled_weak", "outside", "signed_distance"} & item.keys()
     given = {name: move(item[name]) for name in names}
     unlabeled, weak = given.get("unlabeled"), given.get("unlabeled_weak")
     if intensity is not None and weak is not None:
         unlabeled, weak = intensity(weak, given.get("outside"))
-    return Batch(given.get("data"), given.get("target"), unlabeled, weak if weak_view else None)
+    weak = weak if weak_view else None
+    return Batch(given.get("data"), given.get("target"), unlabeled, weak, given.get("signed_distance"))
 
 
 class UnlabeledDataset:
@@ -209,7 +215,15 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
 
 class LabeledDataLoader(nnUNetDataLoader):
-    """nnU-Net's loader, which says which of its files are damaged."""
+    """nnU-Net's loader, which says which of its files are damaged, and can give signed distances to the labels' borders.
+
+    Args:
+        distances: give them, as `signed_distance`; what others are is nnU-Net's.
+    """
+
+    def __init__(self, *args, label_manager, distances: bool = False, **kwargs):
+        super().__init__(*args, label_manager=label_manager, **kwargs)
+        self.label_manager, self.distances = label_manager, distances
 
     def get_indices(self):
         self.drawn = super().get_indices()
@@ -221,7 +235,7 @@ class LabeledDataLoader(nnUNetDataLoader):
 
     def generate_train_batch(self) -> dict:
         try:
-            return super().generate_train_batch()
+            batch = super().generate_train_batch()
         except Exception as error:  # blosc2 raises anything for a damaged file
             damaged = [case for case in dict.fromkeys(self.drawn) if not self.is_sound(case)]
             if not damaged:
@@ -230,6 +244,15 @@ class LabeledDataLoader(nnUNetDataLoader):
                 f"Files of {', '.join(damaged)} in {self._data.source_folder} are missing or damaged ({error}). Run "
                 f"nnUNetv2_preprocess for this configuration again, then continue the training with --c."
             ) from error
+        if self.distances:
+            target, labels = batch["target"], self.label_manager
+            target = target[0] if isinstance(target, list) else target
+            regions, ignore_label = labels.has_regions, labels.ignore_label
+            channels = labels.num_segmentation_heads
+            classes, annotated = as_probabilities(target, channels, regions=regions, ignore_label=ignore_label)
+            foreground = classes if regions else classes[:, 1:]
+            batch["signed_distance"] = signed_distances(foreground.bool(), annotated)
+        return batch
 
     def is_sound(self, case: str) -> bool:
         """Whether all of a case can be read."""
@@ -271,6 +294,7 @@ def make_loaders(
     transforms: tuple,
     views: dict[str, bool],
     sampling: dict,
+    distances: bool = False,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders of training and validation batches; no worker runs yet.
 
@@ -282,11 +306,12 @@ def make_loaders(
         transforms: nnU-Net's for training and for validation.
         views: of unlabeled crops, `weak_view` and `strong_view`.
         sampling: nnU-Net's label manager and settings of the oversampling.
+        distances: labeled crops for training come with their signed distances.
     """
     options = {"transforms": transforms[0], **sampling}
     parts: list[DataLoader] = []
     if train is not None:
-        parts.append(LabeledDataLoader(train, *sizes, **options))
+        parts.append(LabeledDataLoader(train, *sizes, distances=distances, **options))
     if unlabeled is not None:
         parts.append(UnlabeledDataLoader(unlabeled, *sizes, **views, **options))
     training = PairedDataLoader(*parts) if len(parts) == 2 else parts[0]

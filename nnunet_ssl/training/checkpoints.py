@@ -23,6 +23,7 @@ def save(
     write_stock: Callable[[io.BytesIO], object],
     networks: dict[str, nn.Module],
     optimizer: Optimizer,
+    further: dict[str, Optimizer],
     deployed: nn.Module,
     progress: dict[str, int],
     epoch: int,
@@ -33,7 +34,8 @@ def save(
         file: of the checkpoint.
         write_stock: nnU-Net's own `save_checkpoint`.
         networks: "student" and the companions, not wrapped.
-        optimizer: of all that are trained.
+        optimizer: of all that are trained, but for what further optimizers train.
+        further: these, by name.
         deployed: one of the networks, which becomes nnU-Net's.
         progress: numbers that tell how far the training is.
         epoch: the present one, for the message.
@@ -51,18 +53,23 @@ def save(
     stock.seek(0)
     checkpoint = torch.load(stock, map_location="cpu", weights_only=False)
     name = next(name for name, network in networks.items() if network is deployed)
-    write(with_our_state(checkpoint, states, optimizer_state, name, progress), file)
+    checkpoint = with_our_state(checkpoint, states, optimizer_state, name, progress)
+    checkpoint[CHECKPOINT_KEY]["optimizers"] = {name: each.state_dict() for name, each in further.items()}
+    write(checkpoint, file)
 
 
-def restore(state: dict, networks: dict[str, nn.Module], optimizer: Optimizer) -> None:
-    """Loads our part of a checkpoint into all networks and the optimizer.
+def restore(state: dict, networks: dict[str, nn.Module], optimizer: Optimizer, further: dict[str, Optimizer]) -> None:
+    """Loads our part of a checkpoint into all networks and optimizers.
 
     Args:
         state: what lies under CHECKPOINT_KEY.
         networks: "student" and the companions, wrapped or not.
-        optimizer: of all that are trained.
+        optimizer: of all that are trained, but for what further optimizers train.
+        further: these, by name. They keep their settings, which belong to the trainer and its device.
     """
     optimizer.load_state_dict(state["optimizer"])
+    for name, each in further.items():
+        each.load_state_dict({**state["optimizers"][name], "param_groups": each.state_dict()["param_groups"]})
     for name, weights in {"student": state["student"], **state["companions"]}.items():
         unwrap(networks[name]).load_state_dict(weights)
 

@@ -1,8 +1,10 @@
 """The update of the weights, nnU-Net's, for several networks and backward passes; its learning rate in two phases."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -10,31 +12,86 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunet_ssl.blocks.networks import average_gradients, is_distributed
 
 
-def update_weights(
-    optimizer: Optimizer, networks: Sequence[nn.Module], max_norm: float, grad_scaler: GradScaler | None
-) -> None:
-    """Averages the gradients over the GPUs, clips those of every network by itself, and makes the optimizer's step.
+def adam(network: nn.Module, learning_rate: float, betas: tuple[float, float]) -> Optimizer:
+    """Adam for one network, for which no host waits.
 
-    Where a gradient is not finite, GradScaler leaves the step out (CUDA), and so do we on a CPU: weights and momentum
-    stay good, and teachers average good weights. On MPS the step is always made, because to ask would make the host
-    wait: the weights are lost then, the teachers with them, and `checkpoints.save` keeps the earlier files.
+    GradScaler asks the GPU whether gradients are finite, once for every optimizer, but a fused one finds out there.
+    """
+    parameters = [*network.parameters()]
+    return torch.optim.Adam(parameters, learning_rate, betas, fused=parameters[0].device.type == "cuda")
+
+
+def add_networks(optimizer: Optimizer, networks: Iterable[nn.Module], others: Iterable[Optimizer]) -> None:
+    """Adds what networks have to be trained, one group of parameters each, but for what other optimizers train."""
+    taken = {id(p) for other in others for group in other.param_groups for p in group["params"]}
+    for network in networks:
+        own = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
+        if own:
+            optimizer.add_param_group({"params": own})
+
+
+def accumulate_gradients(
+    losses: Iterator[dict[str, Tensor]], precision: Callable[[], AbstractContextManager], grad_scaler: GradScaler | None
+) -> dict[str, Tensor]:
+    """Back-propagates the terms of a step, and frees the graph of every dict before it asks for the next.
 
     Args:
-        optimizer: of all networks.
+        losses: dicts of scalar terms, which are computed while they are asked for.
+        precision: makes the context in which they are computed: as in nnU-Net, the backward pass runs outside of it.
+        grad_scaler: scales what is back-propagated; None: nothing does.
+
+    Returns:
+        The terms by name, without gradient; of a name that comes again the sum.
+    """
+    terms: dict[str, Tensor] = {}
+    while True:
+        with precision():
+            group = next(losses, None)
+            total = sum(group.values()) if group else None
+        if group is None:
+            return terms
+        if not group:
+            continue
+        (total if grad_scaler is None else grad_scaler.scale(total)).backward()
+        for name, value in group.items():
+            terms[name] = terms.get(name, 0) + value.detach()
+        del group, total, value
+
+
+def update_weights(
+    optimizers: Sequence[Optimizer], networks: Sequence[nn.Module], max_norm: float, grad_scaler: GradScaler | None
+) -> None:
+    """Averages the gradients over the GPUs, clips those of every network by itself, and makes the optimizers' steps.
+
+    An optimizer without any gradient makes none. Where a gradient is not finite, GradScaler leaves the step of its
+    optimizer out (CUDA), and so do we on a CPU with all of them: weights and momentum stay good, and teachers average
+    good weights. On MPS the step is always made, because to ask would make the host wait: the weights are lost then,
+    the teachers with them, and `checkpoints.save` keeps the earlier files.
+
+    Args:
+        optimizers: of all networks; no parameter is in two of them.
         networks: those that are trained.
         max_norm: largest norm of the gradients of one network.
         grad_scaler: nnU-Net's on CUDA, which has scaled the gradients; None elsewhere.
     """
+    optimizers = [each for each in optimizers if has_gradient(each)]
     if is_distributed():
         average_gradients(networks)
-    if grad_scaler is not None:
+    for optimizer in optimizers if grad_scaler is not None else ():
         grad_scaler.unscale_(optimizer)
     norms = [nn.utils.clip_grad_norm_(network.parameters(), max_norm) for network in networks]
     if grad_scaler is not None:
-        grad_scaler.step(optimizer)
+        for optimizer in optimizers:
+            grad_scaler.step(optimizer)
         grad_scaler.update()
     elif next(networks[0].parameters()).device.type != "cpu" or all(norm.isfinite() for norm in norms):
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def has_gradient(optimizer: Optimizer) -> bool:
+    """Whether any of its parameters has a gradient."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 class LaterScheduler:

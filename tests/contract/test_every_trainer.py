@@ -119,14 +119,15 @@ def test_what_no_step_of_an_epoch_learns_from_is_not_loaded(trainer_class, tiny_
 
 @every_method
 @everywhere
-def test_exactly_the_parameters_that_require_gradients_are_in_the_optimizer(
+def test_exactly_the_parameters_that_require_gradients_are_in_an_optimizer_each_in_one(
     trainer_class, configuration, dataset, request
 ):
     trainer = started(trainer_class, configuration, dataset, request)
     networks = [trainer.network, *vars(trainer.companions).values()]
     trained = {id(p) for network in networks for p in network.parameters() if p.requires_grad}
-    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert trained == optimized
+    optimizers = [trainer.optimizer, *trainer.optimizers.values()]
+    optimized = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(trained) == sorted(optimized)
     assert {id(p) for p in trainer.network.parameters()} <= trained
 
 

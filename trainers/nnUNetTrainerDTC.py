@@ -1,0 +1,47 @@
+"""DTC, dual-task consistency: Luo et al. 2021 (arXiv:2009.04448).
+
+TODO
+"""
+
+from nnunet_ssl.blocks.distances import DistanceHead, distance_mse
+from nnunet_ssl.blocks.networks import finest, require_stages, unwrap
+from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
+
+
+class nnUNetTrainerDTC(SemiSupervisedTrainer):
+    """DTC: a second head predicts signed distances; what they say and the segmentation agree, also on unlabeled scans."""
+
+    distance_weight = 0.6  # of the mean squared error of the labeled scans' signed distances
+    consistency_weight = 2.0  # of the mean squared difference of both heads' probabilities, after the ramp-up
+    rampup = 0.4  # part of the training after which the consistency weight is full
+    steepness = 1500.0  # of the sigmoid that turns distances into probabilities; distances are in [-1, 1]
+    signed_distance = True
+
+    def build_companions(self):
+        require_stages(self.network, "The distances of DTC")
+        labels = self.label_manager
+        return {"distance": DistanceHead(self.network, labels.num_segmentation_heads - (not labels.has_regions))}
+
+    def losses(self, batch):
+        _, annotated = self.as_probabilities(batch.labels, self.label_manager.num_segmentation_heads)
+        output, distances = self.outputs(batch.image)
+        yield {
+            "supervised": self.loss(output, batch.target),
+            "labeled_distance": self.distance_weight * distance_mse(distances, batch.signed_distance, annotated),
+            "consistency": self.consistency(output, distances) / 2,
+        }
+        del output, distances
+        yield {"consistency": self.consistency(*self.outputs(batch.unlabeled)) / 2}
+
+    def outputs(self, image):
+        """What the decoder gives, and the distances."""
+        return self.companions.distance(unwrap(self.network).encoder(image))
+
+    def consistency(self, output, distances):
+        """Mean squared difference of the heads' probabilities, without the background's; both learn from it."""
+        segmented = self.probabilities(finest(output))[:, -distances.shape[1] :]
+        difference = (-self.steepness * distances).sigmoid() - segmented
+        return self.consistency_weight * self.ramp * difference.square().mean()
+
+
+__getattr__ = epoch_variants(globals())
