@@ -52,6 +52,8 @@ PASSES = {
     "nnUNetTrainerOMF": (2, 2),  # of its first phase; the second one has one backward pass less
     "nnUNetTrainerADMT": (5, 2),
     "nnUNetTrainerPSC": (4, 3),
+    "nnUNetTrainerDTC": (2, 2),
+    "nnUNetTrainerSASSNet": (2, 2),  # and those of its discriminator
 }
 
 

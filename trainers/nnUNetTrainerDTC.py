@@ -1,6 +1,11 @@
 """DTC, dual-task consistency: Luo et al. 2021 (arXiv:2009.04448).
 
-TODO
+Differs from the released code on purpose: every foreground class or region has its distances (released: one class), the
+sigmoid that makes probabilities of them has a steepness of 100 (released: 1500, where nnU-Net's half precision gives
+other gradients than single precision), a class without a boundary in the patch, whose distances are 0, teaches the
+second head nothing (released: that every voxel is on the boundary), nor do ignored voxels, the ramp-up is a part of the
+training (released: all of it), and the weights are doubled because nnU-Net's Dice + cross entropy is about twice that
+code's supervised loss, which is Dice alone. The segmentation head is deployed, as in the released code.
 """
 
 from nnunet_ssl.blocks.distances import DistanceHead, distance_mse
@@ -9,12 +14,12 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
 class nnUNetTrainerDTC(SemiSupervisedTrainer):
-    """DTC: a second head predicts signed distances; what they say and the segmentation agree, also on unlabeled scans."""
+    """DTC: a second head predicts signed distances, and agrees with the segmentation, also on unlabeled scans."""
 
     distance_weight = 0.6  # of the mean squared error of the labeled scans' signed distances
     consistency_weight = 2.0  # of the mean squared difference of both heads' probabilities, after the ramp-up
     rampup = 0.4  # part of the training after which the consistency weight is full
-    steepness = 1500.0  # of the sigmoid that turns distances into probabilities; distances are in [-1, 1]
+    steepness = 100.0  # of the sigmoid that turns distances, which are in [-1, 1], into probabilities
     signed_distance = True
 
     def build_companions(self):

@@ -1,6 +1,13 @@
 """SASSNet, shape-aware semi-supervised segmentation: Li et al. 2020 (arXiv:2007.10732).
 
-TODO
+Differs from the released code on purpose: every foreground class or region has its distances (released: one class), the
+discriminator takes patches of any size (released: one size), with channels in proportion to the network's (64 and more,
+as released, for the 32 that nnU-Net plans), and learns from the distances of the step's own forward passes (released:
+of another pass after the step), a class without a boundary in the patch, whose distances are 0, teaches the second head
+nothing (released: that every voxel is on the boundary), nor do ignored voxels, the ramp-up is a part of the training
+(released: all of it), and the weights are doubled because nnU-Net's Dice + cross entropy is about twice that code's
+supervised loss, which is Dice alone. The adversarial weight is that for 16 labeled scans (for 8: 0.03). The
+segmentation head is deployed, as in the released code.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Signed distances to the boundary of a class: as a target, as a prediction, and the network that judges predictions."""
+"""Signed distances to the boundary of a class: as a target, as a prediction, and what judges predictions."""
 
 from collections.abc import Sequence
 
@@ -103,8 +103,8 @@ class DistanceHead(nn.Module):
 class Discriminator(nn.Module):
     """Says whether signed distances are of a labeled or of an unlabeled scan, which it sees with them (SASSNet).
 
-    Four convolutions with stride 2, the mean over what they leave of the patch, and a linear layer: patches of any size,
-    and no normalisation, so that no sample depends on the others. An axis of one voxel stays as it is.
+    Four convolutions with stride 2, the mean over what they leave of the patch, and a linear layer: any size of patch
+    will do. An axis of one voxel stays as it is. No normalisation: no sample depends on the others.
 
     Args:
         classes: channels of the distances.

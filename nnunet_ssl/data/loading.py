@@ -215,11 +215,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
 
 class LabeledDataLoader(nnUNetDataLoader):
-    """nnU-Net's loader, which says which of its files are damaged, and can give signed distances to the labels' borders.
-
-    Args:
-        distances: give them, as `signed_distance`; what others are is nnU-Net's.
-    """
+    """nnU-Net's loader, which says which of its files are damaged, and with `distances` gives signed distances too."""
 
     def __init__(self, *args, label_manager, distances: bool = False, **kwargs):
         super().__init__(*args, label_manager=label_manager, **kwargs)
