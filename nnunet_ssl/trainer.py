@@ -1,7 +1,7 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,9 +312,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         optimizers = [self.optimizer, *self.optimizers.values()]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
+        precision = (lambda: autocast("cuda")) if self.device.type == "cuda" else nullcontext  # as in nnU-Net
         # DistributedDataParallel would exchange gradients in every backward pass; a step exchanges their sum
         with replaced(self, "network", self.network.module if self.is_ddp else self.network):
-            terms = accumulate_gradients(iter(self.losses(batch)), self._precision, self.grad_scaler)
+            terms = accumulate_gradients(iter(self.losses(batch)), precision, self.grad_scaler)
         if not terms:
             raise RuntimeError(f"{type(self).__name__}.losses gave no term in step {self.step}. Yield at least one.")
         update_weights(optimizers, self.trained_networks(), self.max_gradient_norm, self.grad_scaler)
@@ -331,9 +332,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         by_name = dict(zip(terms, values, strict=True))
         self.health.check_terms(by_name, images, self.step, self.current_epoch, Path(self.output_folder))
         return {"loss": values.sum(), **by_name}
-
-    def _precision(self) -> AbstractContextManager:
-        return autocast("cuda") if self.device.type == "cuda" else nullcontext()  # as in nnU-Net
 
     def _to_device(self, batch: dict) -> Batch:
         return to_device(batch, self.device, self.weak_view, self._intensity)
