@@ -88,21 +88,25 @@ def _entropy(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
     return entropy.sum(1, keepdim=True) if loss.use_ignore_label else entropy.mean(1, keepdim=True)
 
 
-def cross_entropy(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """The cross entropy in nnU-Net's loss alone, with hard pseudo labels, of which none is ignored.
 
     Args:
         loss: what `nnUNetTrainer._build_loss` made.
         logits: (B, C, *spatial).
         target: from `hard_labels`.
+        weight: (B, 1, *spatial), not negative, a factor for every voxel; None: 1 everywhere.
 
     Returns:
-        Scalar, the mean over all voxels.
+        Scalar, the mean over all voxels whose weight is not 0; 0 where there is none.
     """
     loss = full_resolution(loss)
     if type(loss) is DC_and_BCE_loss:
         target = target[:, : logits.shape[1]]  # without the channel of ignored voxels
-    return loss.weight_ce * _entropy(loss, logits, target).mean()
+    entropy = _entropy(loss, logits, target)
+    if weight is None:
+        return loss.weight_ce * entropy.mean()
+    return loss.weight_ce * (entropy * weight).sum() / (weight > 0).float().sum().clamp_min(1)
 
 
 def full_resolution(loss: nn.Module) -> nn.Module:
@@ -143,6 +147,21 @@ def probability_mse(probabilities: Tensor, target: Tensor, mask: Tensor | None =
         return difference.mean()
     mask = mask.float()
     return (difference * mask).sum() / mask.sum().clamp_min(1)
+
+
+def soft_dice_distance(probabilities: Tensor, target: Tensor) -> Tensor:
+    """1 - Dice of two predictions with squares in the denominator, the mean over the classes: (B,), each in [0, 1].
+
+    It is smallest, 0, where both agree, also where they are unsure; nnU-Net's Dice is smaller where one of them is 0 or
+    1. A class that neither sees has distance 0. The target gets no gradient. Source: V-Net (arXiv:1606.04797).
+
+    Args:
+        probabilities: (B, C, *spatial), float32.
+        target: the same shape.
+    """
+    p, t = probabilities.flatten(2), target.detach().flatten(2)
+    overlap, sizes = 2 * (p * t).sum(2), p.square().sum(2) + t.square().sum(2)
+    return (1 - (overlap + 1e-5) / (sizes + 1e-5)).mean(1)
 
 
 def kl_divergence(target: Tensor, logits: Tensor, *, regions: bool = False) -> Tensor:

@@ -148,22 +148,37 @@ def shuffle_cells(first: Tensor, second: Tensor, order: Tensor, *, cells: int = 
     Returns:
         Two new tensors of that shape.
     """
-    grid = grid_shape(first.shape[2:], cells)
     images = torch.stack([first, second], 1)  # (B, 2, C, *spatial)
-    sizes = [size // count for size, count in zip(first.shape[2:], grid, strict=True)]
-    covered = (..., *(slice(0, count * size) for count, size in zip(grid, sizes, strict=True)))
-    axes = len(grid)
-    # every axis as cells and voxels of a cell; then all cells in front
-    divided = images[covered].unflatten(3, (grid[0], sizes[0]))
-    for axis in range(1, axes):
-        divided = divided.unflatten(3 + 2 * axis, (grid[axis], sizes[axis]))
+    covered = images[_covered(first.shape[2:], cells)]
+    axes = first.ndim - 2
+    divided = _in_cells(covered, axes, cells)  # every axis as cells and voxels of a cell; then all cells in front
     forward = [0, 1, *range(3, 3 + 2 * axes, 2), 2, *range(4, 4 + 2 * axes, 2)]
     divided = divided.permute(forward)
     samples = torch.arange(len(order), device=order.device)[:, None]
     shuffled = divided.flatten(1, 1 + axes)[samples, order].view(divided.shape)
     result = images.clone()
-    result[covered] = shuffled.permute(*_inverse(forward)).reshape(images[covered].shape)
+    result[_covered(first.shape[2:], cells)] = shuffled.permute(*_inverse(forward)).reshape(covered.shape)
     return result[:, 0], result[:, 1]
+
+
+def cell_means(x: Tensor, *, cells: int = 4) -> Tensor:
+    """Mean of every cell that `shuffle_cells` moves, in its order: (B, C, *spatial) to (B, C, number of cells)."""
+    axes = x.ndim - 2
+    divided = _in_cells(x[_covered(x.shape[2:], cells)], axes, cells)
+    return divided.mean([*range(3, 3 + 2 * axes, 2)]).flatten(2)
+
+
+def _covered(patch: Sequence[int], cells: int) -> tuple:
+    """Index of what equal cells cover of an image (..., *patch): all but what remains of an axis at its end."""
+    return (..., *(slice(size // count * count) for size, count in zip(patch, grid_shape(patch, cells), strict=True)))
+
+
+def _in_cells(covered: Tensor, axes: int, cells: int) -> Tensor:
+    """The last `axes` axes of an image that cells cover, each as two: the cells, and the voxels of a cell."""
+    grid, first = grid_shape(covered.shape[-axes:], cells), covered.ndim - axes
+    for axis in reversed(range(axes)):
+        covered = covered.unflatten(first + axis, (grid[axis], -1))
+    return covered
 
 
 def _inverse(permutation: Sequence[int]) -> list[int]:
