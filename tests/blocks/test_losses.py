@@ -20,6 +20,7 @@ from nnunet_ssl.blocks.losses import (
     probability_mse,
     reweighted,
     shrink,
+    soft_dice_distance,
 )
 from nnunet_ssl.blocks.mixing import block_mask
 
@@ -517,6 +518,24 @@ def test_the_cross_entropy_alone_is_that_of_nnunets_loss(ignore):
     torch.testing.assert_close(cross_entropy(loss, logits[0], regions), loss(logits[0], regions))
 
 
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_weighted_cross_entropy_is_the_mean_over_the_voxels_that_have_a_weight(ignore):
+    logits, weight = random_logits(3, 2)[0], torch.rand(3, 1, *PATCH[2])
+    samples = [torch.zeros_like(weight) for _ in range(2)]
+    samples[0][1, 0, 2, 3], samples[1][2, 0, 4, 5] = 0.3, 0.9
+    for loss, target in (
+        (nnunet_loss(ignore_label=IGNORE if ignore else None), random_target(3, 2)),
+        (region_loss(ignore=ignore), region_target(3, 2, False)),
+    ):
+        single = [cross_entropy(loss, logits, target, one) for one in samples]
+        both = cross_entropy(loss, logits, target, samples[0] + samples[1])
+        torch.testing.assert_close(both, (single[0] + single[1]) / 2)
+        everywhere = cross_entropy(loss, logits, target, torch.ones_like(weight))
+        torch.testing.assert_close(everywhere, cross_entropy(loss, logits, target))
+        torch.testing.assert_close(cross_entropy(loss, logits, target, 3 * samples[0]), 3 * single[0])
+        assert cross_entropy(loss, logits, target, 0 * weight) == 0
+
+
 # ---- feature terms inside a mask ----
 
 
@@ -577,3 +596,20 @@ def test_the_divergence_of_regions_is_that_of_their_questions():
     p = logits.sigmoid()
     expected = (target * (target / p).log() + (1 - target) * ((1 - target) / (1 - p)).log()).sum(1, keepdim=True)
     torch.testing.assert_close(kl_divergence(target, logits, regions=True), expected)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_dice_distance_is_that_of_the_equation_and_smallest_where_both_agree(dim):
+    target, other = (torch.rand(2, 3, *PATCH[dim]) for _ in range(2))
+    values = []
+    for p, t in zip(other, target, strict=True):
+        overlaps = [2 * (a * b).sum() / ((a * a).sum() + (b * b).sum()) for a, b in zip(p, t, strict=True)]
+        values.append(1 - sum(overlaps) / 3)
+    torch.testing.assert_close(soft_dice_distance(other, target), torch.stack(values))
+    unsure = target.clone().requires_grad_()
+    distance = soft_dice_distance(unsure, target.requires_grad_())
+    torch.testing.assert_close(distance, torch.zeros(2), rtol=0, atol=1e-6)
+    distance.sum().backward()
+    assert unsure.grad.abs().max() < 1e-8
+    assert target.grad is None
+    assert (soft_dice_distance(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)) == 0).all()

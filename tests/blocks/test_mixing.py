@@ -6,6 +6,7 @@ import torch
 from nnunet_ssl.blocks.mixing import (
     block_mask,
     box_mask,
+    cell_means,
     grid_shape,
     halves,
     mix,
@@ -347,3 +348,18 @@ def test_every_cell_is_as_probable_at_every_place():
     assert order.shape == (4000, 16)
     for place in range(16):
         assert order[:, place].bincount(minlength=16).min() > 180  # 250 are expected
+
+
+@pytest.mark.parametrize("patch", [(19, 23, 31), (1, 40, 43), (35, 61)])
+def test_the_mean_of_a_cell_moves_with_it(patch):
+    first, second = torch.randn(2, 2, 3, *patch)
+    order = random_order(2, patch, cells=4)
+    before, after = (
+        torch.cat([cell_means(x, cells=4) for x in pair], 2)
+        for pair in ((first, second), shuffle_cells(first, second, order, cells=4))
+    )
+    for sample in range(2):
+        torch.testing.assert_close(after[sample], before[sample][:, order[sample]])
+    sizes = [size // count for size, count in zip(patch, grid_shape(patch, 4), strict=True)]
+    corner = first[(..., *(slice(size) for size in sizes))]
+    torch.testing.assert_close(cell_means(first)[:, :, 0], corner.flatten(2).mean(2))
