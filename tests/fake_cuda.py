@@ -1,7 +1,7 @@
 """A training step on tensors that say they are on a GPU and have no values: what waits for it, what is elsewhere.
 
 Everything runs as on CUDA, autocast and gradient scaler included, but the backward pass, in whose place every trained
-weight in the graph gets a gradient.
+weight in the graph gets a gradient, as does what torch.autograd.grad is asked for.
 """
 
 from collections import Counter
@@ -61,23 +61,39 @@ class WithoutValues(TorchFunctionMode):
             return np.ones(tuple(args[0].shape), np.float32)
         if function is torch.Tensor.backward:
             return fill_gradients(args[0])
+        if function is torch.autograd.grad:
+            return stand_in_gradients(*args[:2])
         return function(*args, **(kwargs or {}))
 
 
 def fill_gradients(loss: torch.Tensor) -> None:
-    assert loss.is_cuda
-    assert loss.requires_grad
-    assert loss.shape == ()
-    seen, todo = set(), [loss.grad_fn]
+    for weight in leaves(loss):
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad + torch.zeros_like(weight)
+
+
+def stand_in_gradients(outputs, inputs) -> tuple[torch.Tensor, ...]:
+    """In place of torch.autograd.grad of one output."""
+    (output,) = outputs
+    found = {id(leaf) for leaf in leaves(output)}
+    assert all(id(tensor) in found for tensor in inputs)
+    return tuple(torch.zeros_like(tensor) for tensor in inputs)
+
+
+def leaves(value: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with a gradient of their own in the graph of a scalar."""
+    assert value.is_cuda
+    assert value.requires_grad
+    assert value.shape == ()
+    found, seen, todo = [], set(), [value.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            weight = node.variable
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad + torch.zeros_like(weight)
+            found.append(node.variable)
         todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def move(module: nn.Module, device: torch.device) -> nn.Module:
