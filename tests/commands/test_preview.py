@@ -21,6 +21,7 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 NAMES = Names(["a", "b"], ["c", "d"])
 MIXED = {"nnUNetTrainerM3HL": 2, "nnUNetTrainerM3": 2, "nnUNetTrainerBCP": 2, "nnUNetTrainerCoLearning": 4}
 MIXED |= {"nnUNetTrainerCoM3HL": 2, "nnUNetTrainerFixMatch": 2, "nnUNetTrainerCutMixMT": 2, "nnUNetTrainerADMT": 2}
+MIXED |= {"nnUNetTrainerPSMT": 2, "nnUNetTrainerABD": 2}
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_every_trainer_has_a_picture(trainer_class, configuration, tiny_dataset,
     assert rows
     for row in rows:
         titles = [column.title for column in row]
-        among_unlabeled = ("nnUNetTrainerFixMatch", "nnUNetTrainerCutMixMT", "nnUNetTrainerADMT")
-        first = "unlabeled" if name in among_unlabeled else "labeled"
+        among_unlabeled = ("FixMatch", "CutMixMT", "ADMT", "PSMT")
+        first = "unlabeled" if name.removeprefix("nnUNetTrainer") in among_unlabeled else "labeled"
         assert titles[:2] == [f"{first} patch", "unlabeled patch"]
         assert titles[2:] == (["mask", "mixed patch", "mixed target"] if name in MIXED else titles[2:])
         assert all(column.values.shape[:2] == (16, 16) for column in row)
