@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.blocks.networks import (
-    FeatureDecoder,
     Pyramid,
     forward_with_features,
     frozen_copy,
@@ -351,19 +350,6 @@ def test_a_further_decoder_starts_as_a_copy_without_the_encoder(kind, dim, neare
     assert [o.shape for o in outputs] == [o.shape for o in student.decoder(skips)]
     assert {c.mode == "nearest" for c in decoder.transpconvs} == {nearest}
     assert "encoder" in dict(student.decoder.named_children())
-
-
-@every_network
-@pytest.mark.parametrize("deep", [False, True])
-def test_a_feature_decoder_is_the_decoder_and_shows_what_its_last_head_sees(kind, dim, deep):
-    student = network(kind, dim, deep=deep)
-    decoder, skips = FeatureDecoder(student), student.encoder(torch.randn(2, 1, *[16] * dim))
-    assert not decoder.state_dict()
-    output, features = decoder(skips)
-    expected = student.decoder(skips)
-    for ours, theirs in zip(output if deep else [output], expected if deep else [expected], strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(student.decoder.seg_layers[-1](features), output[0] if deep else output)
 
 
 @every_network

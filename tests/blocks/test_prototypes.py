@@ -2,17 +2,32 @@
 
 import pytest
 import torch
+from test_networks import every_network, network
 from tiny_trainers import seed
 
 from nnunet_ssl.blocks import prototypes
 from nnunet_ssl.blocks.prototypes import (
     ClassMemory,
+    FeatureDecoder,
     PrototypeHeads,
     at_voxels,
     class_separation,
     random_voxels,
     scores,
 )
+
+
+@every_network
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_feature_decoder_is_the_decoder_and_shows_what_its_last_head_sees(kind, dim, deep):
+    student = network(kind, dim, deep=deep)
+    decoder, skips = FeatureDecoder(student), student.encoder(torch.randn(2, 1, *[16] * dim))
+    assert not decoder.state_dict()
+    output, features = decoder(skips)
+    expected = student.decoder(skips)
+    for ours, theirs in zip(output if deep else [output], expected if deep else [expected], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(student.decoder.seg_layers[-1](features), output[0] if deep else output)
 
 
 def test_voxels_are_random_ones_of_the_mask_without_repetition():
