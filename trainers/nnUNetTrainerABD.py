@@ -1,11 +1,12 @@
 """ABD, adaptive bidirectional displacement: Chi et al. 2024 (arXiv:2405.00378), in BCP.
 
-Differs from the released code on purpose: the grid is defined by count (released: 4 x 4 blocks of a slice), in 3D too,
-and the surest quarter of the blocks are candidates; what differs of BCP is as in nnUNetTrainerBCP; the teacher labels
-the weak view alone, which has the geometry of both, labeled scans have one view, blocks move in the whole batch, the
-chosen blocks are those of the images before anything has moved, both students have one optimizer, and the first phase
-trains one of them and copies it. nnU-Net's Dice + cross entropy, here the mean over both mixes, has the scale of that
-code's loss, half of it summed over both: the weights are those released. The first student is deployed, as there.
+Of its two displacements this host has the one of unsure blocks (ABD-R). Differs from the released code on purpose: the
+grid is defined by count (released: 4 x 4 blocks of a slice), in 3D too, and the surest quarter of the blocks are
+candidates, and a block that is moved is that of the image before anything has moved (released: the second move sees the
+first). What differs of BCP is as in nnUNetTrainerBCP; labeled scans have one view, the teacher labels the weak view for
+both students, the first phase trains one student and copies it, and both have one optimizer. nnU-Net's Dice + cross
+entropy, here the mean over both mixes, has the scale of that code's loss, half of it summed over both: the weights are
+those released. The first student is deployed, as in BCP.
 """
 
 import torch
