@@ -8,7 +8,8 @@ training (released: all of it), and the weights are doubled because nnU-Net's Di
 code's supervised loss, which is Dice alone. The segmentation head is deployed, as in the released code.
 """
 
-from nnunet_ssl.blocks.distances import DistanceHead, distance_mse
+from nnunet_ssl.blocks.distances import distance_mse
+from nnunet_ssl.blocks.heads import DistanceHead
 from nnunet_ssl.blocks.networks import finest, require_stages, unwrap
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 

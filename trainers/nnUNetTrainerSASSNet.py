@@ -13,7 +13,8 @@ segmentation head is deployed, as in the released code.
 import torch
 import torch.nn.functional as F
 
-from nnunet_ssl.blocks.distances import Discriminator, DistanceHead, distance_mse
+from nnunet_ssl.blocks.distances import distance_mse
+from nnunet_ssl.blocks.heads import Discriminator, DistanceHead
 from nnunet_ssl.blocks.networks import frozen, require_stages, unwrap
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 from nnunet_ssl.training.optimizer import adam

@@ -12,11 +12,11 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nnunet_ssl.blocks.distances import signed_distances
-from nnunet_ssl.blocks.pseudo_labels import as_probabilities
 from nnunet_ssl.data.augmentation import OnDevice, split_transforms
 from nnunet_ssl.system.pool import exit_with_parent
 
@@ -241,13 +241,8 @@ class LabeledDataLoader(nnUNetDataLoader):
                 f"nnUNetv2_preprocess for this configuration again, then continue the training with --c."
             ) from error
         if self.distances:
-            target, labels = batch["target"], self.label_manager
-            target = target[0] if isinstance(target, list) else target
-            regions, ignore_label = labels.has_regions, labels.ignore_label
-            channels = labels.num_segmentation_heads
-            classes, annotated = as_probabilities(target, channels, regions=regions, ignore_label=ignore_label)
-            foreground = classes if regions else classes[:, 1:]
-            batch["signed_distance"] = signed_distances(foreground.bool(), annotated)
+            target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+            batch["signed_distance"] = signed_distances(*foreground(target, self.label_manager))
         return batch
 
     def is_sound(self, case: str) -> bool:
@@ -257,6 +252,22 @@ class LabeledDataLoader(nnUNetDataLoader):
             return image[:].shape[1:] == segmentation[:].shape[1:]
         except Exception:  # whatever it is: the case cannot be read
             return False
+
+
+def foreground(target: Tensor, labels: LabelManager) -> tuple[Tensor, Tensor]:
+    """Voxels of every foreground class or region (B, K, *spatial), and those that are annotated (B, 1, *spatial): bool.
+
+    Args:
+        target: at full resolution, as nnU-Net gives it.
+        labels: nnU-Net's.
+    """
+    if labels.has_regions:
+        regions, ignored = target.bool().tensor_split([labels.num_segmentation_heads], 1)
+        return regions, ~ignored.any(1, keepdim=True)
+    annotated = torch.ones_like(target, dtype=torch.bool)
+    if labels.has_ignore_label:
+        annotated = target != labels.ignore_label
+    return torch.cat([target == label for label in labels.foreground_labels], 1), annotated
 
 
 def end_with_the_training() -> None:
