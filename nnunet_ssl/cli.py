@@ -378,6 +378,45 @@ def _check_compare(parser: argparse.ArgumentParser, options) -> None:
         parser.error("--slurm is for --launcher slurm")
 
 
+def _add_report(commands) -> None:
+    parser = _command(
+        commands, "report", _report, "One page of HTML about a training: curves, doubtful and wrong predictions."
+    )
+    _add_model(parser)
+    parser.add_argument("-tr", dest="trainer_name", required=True, help="trainer of the training")
+    text = "folder that nnunet-ssl rank has written: the unlabeled scans, worst first"
+    parser.add_argument("--rank", dest="ranking", type=Path, metavar="OUT", help=text)
+    text = "predictions of scans with labels (default: those of the validation cases)"
+    parser.add_argument("--predictions", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--labels", type=Path, metavar="FOLDER", help="labels of these scans, as labelsTs")
+    text = "their images (default: the folder beside the labels, as imagesTs)"
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help=text)
+    text = "pictures of unlabeled scans, the others are rows of a table (default: 40)"
+    parser.add_argument("--pictures", type=int, default=40, metavar="N", help=text)
+    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda", "mps"], help="for one batch (default: cpu)")
+    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="processes (default: 3)")
+    text = "the page (default: report.html)"
+    parser.add_argument("-o", dest="output", type=Path, default=Path("report.html"), help=text)
+    parser.set_defaults(check=_check_report)
+
+
+def _report(options) -> None:
+    from nnunet_ssl.commands.report.run import report
+
+    report(**_arguments(options))
+    print(f"Wrote {options.output}. Open it in any browser.")
+
+
+def _check_report(parser: argparse.ArgumentParser, options) -> None:
+    """Ends with the usage where one of two folders is missing, or a number of pictures is none."""
+    if (options.predictions is None) != (options.labels is None):
+        parser.error("--predictions and --labels belong together")
+    if options.images is not None and options.labels is None:
+        parser.error("--images is for --predictions and --labels")
+    if options.pictures < 0:
+        parser.error(f"--pictures {options.pictures} is no number of pictures")
+
+
 def _add_doctor(commands) -> None:
     parser = _command(
         commands, "doctor", _doctor, "Check the installation and, with -d and -c, a dataset's unlabeled cases."
@@ -433,7 +472,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
     first = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_start_from)
-    for add in (*first, _add_export, _add_evaluate, _add_preview, _add_compare, _add_doctor, _add_demo):
+    for add in (*first, _add_export, _add_evaluate, _add_preview, _add_compare, _add_report, _add_doctor, _add_demo):
         add(commands)
     return parser
 

@@ -107,6 +107,24 @@ def case_metrics(
     return dict(zip(METRICS, (*overlap, *millimetres, *voxels), strict=True))
 
 
+def read_pair(
+    prediction_file: Path, reference_file: Path, reader: type[BaseReaderWriter]
+) -> tuple[np.ndarray, np.ndarray, Sequence[float]] | str:
+    """Labels of both files (*spatial) and the spacing along their axes; a sentence where they are not of one scan.
+
+    A 2D image has two axes.
+    """
+    prediction, properties = reader().read_seg(str(prediction_file))
+    reference, wanted = reader().read_seg(str(reference_file))
+    expected = geometry(reference, wanted)
+    for key, value in geometry(prediction, properties).items():
+        if np.shape(value) != np.shape(expected[key]) or not np.allclose(value, expected[key], rtol=1e-4, atol=1e-3):
+            return f"{prediction_file.name}: {key} {as_text(value)}, but the reference has {as_text(expected[key])}"
+    if reference.shape[1] > 1:
+        return prediction[0], reference[0], wanted["spacing"]
+    return prediction[0, 0], reference[0, 0], wanted["spacing"][1:]  # one slice is no axis to measure along
+
+
 def evaluate_case(
     prediction_file: Path,
     reference_file: Path,
@@ -119,16 +137,10 @@ def evaluate_case(
 
     Voxels with the ignore label belong to neither mask. The options are keyword arguments of `case_metrics`.
     """
-    prediction, properties = reader().read_seg(str(prediction_file))
-    reference, wanted = reader().read_seg(str(reference_file))
-    expected = geometry(reference, wanted)
-    for key, value in geometry(prediction, properties).items():
-        if np.shape(value) != np.shape(expected[key]) or not np.allclose(value, expected[key], rtol=1e-4, atol=1e-3):
-            return f"{prediction_file.name}: {key} {as_text(value)}, but the reference has {as_text(expected[key])}"
-    # a 2D image has one slice, which is no axis to measure along
-    flat = reference.shape[1] == 1
-    spacing = wanted["spacing"][1:] if flat else wanted["spacing"]
-    prediction, reference = ((x[0, 0] if flat else x[0]) for x in (prediction, reference))
+    pair = read_pair(prediction_file, reference_file, reader)
+    if isinstance(pair, str):
+        return pair
+    prediction, reference, spacing = pair
     counts = np.full(reference.shape, True) if ignore_label is None else reference != ignore_label
     return {
         name: case_metrics(np.isin(prediction, v) & counts, np.isin(reference, v) & counts, spacing, **options)
@@ -174,18 +186,11 @@ def evaluate(
         describe_labels(labels, reference) if labels else read_description(prediction, reference, dataset_json)
     )
     ending = description["file_ending"]
-    wanted, found = ({f.name for f in folder.glob(f"*{ending}")} for folder in (reference, prediction))
-    if not wanted:
-        raise FileNotFoundError(f"{reference} has no file *{ending}.")
-    problems = [f"{name}: no prediction in {prediction}" for name in sorted(wanted - found)]
-    problems += [f"{name}: no reference in {reference}" for name in sorted(found - wanted)]
-    if problems:
-        raise ValueError("Nothing was evaluated:\n  " + "\n  ".join(problems))
-
+    pairs = paired_files(prediction, reference, ending)
     values, ignore_label = label_values(description)
-    reader = determine_reader_writer_from_dataset_json(description, str(reference / min(wanted)), verbose=False)
+    reader = determine_reader_writer_from_dataset_json(description, str(min(pairs.values())[1]), verbose=False)
     shared = (values, ignore_label, reader, PROTOCOLS[protocol])
-    jobs = {name.removesuffix(ending): (prediction / name, reference / name, *shared) for name in sorted(wanted)}
+    jobs = {case: (*files, *shared) for case, files in pairs.items()}
     with worker_pool(min(num_processes, len(jobs))) as pool:
         results = run_all(pool, evaluate_case, jobs, "Evaluating")
     problems = [result for result in results.values() if isinstance(result, str)]
@@ -204,6 +209,21 @@ def evaluate(
         summary = {"protocol": protocol, "reference": str(reference), "cases": len(jobs), "labels": means}
         temporary.write_text(json.dumps(summary, indent=1))
     return markdown(means, "mm" if protocol == "strict" else "voxels")
+
+
+def paired_files(prediction: Path, reference: Path, ending: str) -> dict[str, tuple[Path, Path]]:
+    """Per case its files in both folders.
+
+    Raises: FileNotFoundError without any reference, ValueError where only one of the folders has a case.
+    """
+    wanted, found = ({f.name for f in folder.glob(f"*{ending}")} for folder in (reference, prediction))
+    if not wanted:
+        raise FileNotFoundError(f"{reference} has no file *{ending}.")
+    problems = [f"{name}: no prediction in {prediction}" for name in sorted(wanted - found)]
+    problems += [f"{name}: no reference in {reference}" for name in sorted(found - wanted)]
+    if problems:
+        raise ValueError("Nothing was evaluated:\n  " + "\n  ".join(problems))
+    return {name.removesuffix(ending): (prediction / name, reference / name) for name in sorted(wanted)}
 
 
 def read_description(prediction: Path, reference: Path, dataset_json: Path | None) -> dict:

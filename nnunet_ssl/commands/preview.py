@@ -33,6 +33,34 @@ WIDTH, HEIGHT = 2.6, 3.6  # inches of a patch at most; one of them is less, as t
 OUTLINE = 0.8  # points; the image has to be seen
 
 
+class Names(NamedTuple):
+    """The cases that the patches of a batch are of, in its order."""
+
+    labeled: list[str]
+    unlabeled: list[str]
+
+
+class Column(NamedTuple):
+    """One picture of a row.
+
+    Attributes:
+        title: above it, in the first row.
+        values: gray values in [0, 1] (rows, columns), or colours (rows, columns, 3).
+        outlines: classes (rows, columns) with the colour and the style of the lines around them.
+        case: that it is of, where there is one.
+        slice: index and number of the patch's slices, where it has some.
+    """
+
+    title: str
+    values: np.ndarray
+    outlines: list[tuple[np.ndarray, str, str]]
+    case: str = ""
+    slice: tuple[int, int] | None = None
+
+
+Row = list[Column]
+
+
 def preview(
     dataset: str,
     configuration: str,
@@ -66,9 +94,24 @@ def preview(
         FileNotFoundError: the checkpoint or the unlabeled scans are missing.
         ValueError: the trainer is not one of ours, or there is no such device.
     """
-    dataset = str(maybe_convert_to_dataset_name(dataset))
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output.absolute().parent} does not exist. Make it, or choose another -o.")
+    rows, axes = rows_of_batch(dataset, configuration, fold, trainer_name, plans_identifier, checkpoint, device)
+    draw(rows, axes, output, random=checkpoint is None)
+    return len(rows) if is_mixed(rows) else 0
+
+
+def rows_of_batch(
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    trainer_name: str,
+    plans_identifier: str,
+    checkpoint: str | None,
+    device: str,
+) -> tuple[list[Row], list[str]]:
+    """The rows of the picture and the names of the axes of the preprocessed scans; see `preview`."""
+    dataset = str(maybe_convert_to_dataset_name(dataset))
     file = None
     if checkpoint is not None:
         file = Path(get_output_folder(dataset, trainer_name, plans_identifier, configuration, fold)) / checkpoint
@@ -110,8 +153,12 @@ def preview(
     ]
     plain = [plain_row(batch, sample, names, regions) for sample in range(min(2, len(batch.image)))]
     axes = ["zyx"[axis] for axis in trainer.plans_manager.transpose_forward]
-    draw(rows or plain, axes, output, random=checkpoint is None)
-    return len(rows)
+    return rows or plain, axes
+
+
+def is_mixed(rows: Sequence[Row]) -> bool:
+    """Whether rows show what a method mixes, not plain patches."""
+    return any(column.title == "mixed patch" for column in rows[0])
 
 
 @contextmanager
@@ -128,34 +175,6 @@ def _nothing_written() -> Iterator[None]:
             for name, value in before.items():
                 os.environ.pop(name)
                 os.environ.update({name: value} if value is not None else {})
-
-
-class Names(NamedTuple):
-    """The cases that the patches of a batch are of, in its order."""
-
-    labeled: list[str]
-    unlabeled: list[str]
-
-
-class Column(NamedTuple):
-    """One picture of a row.
-
-    Attributes:
-        title: above it, in the first row.
-        values: gray values in [0, 1] (rows, columns), or colours (rows, columns, 3).
-        outlines: classes (rows, columns) with the colour and the style of the lines around them.
-        case: that it is of, where there is one.
-        slice: index and number of the patch's slices, where it has some.
-    """
-
-    title: str
-    values: np.ndarray
-    outlines: list[tuple[np.ndarray, str, str]]
-    case: str = ""
-    slice: tuple[int, int] | None = None
-
-
-Row = list[Column]
 
 
 def mixed_row(image: Mix, target: Mix, sample: int, batch: Batch, names: Names, regions: int) -> Row:

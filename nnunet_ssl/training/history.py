@@ -2,10 +2,11 @@
 
 import csv
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -28,6 +29,14 @@ NAMES = {  # column of the table to its name in the picture
     "feature_distance": "between different patches",
 }
 DRAWING_SHARE = 0.005  # of the training time, at most
+
+
+class Panel(NamedTuple):
+    """Lines over the epochs, by their names, with what they are together and the name of their axis."""
+
+    title: str
+    label: str
+    lines: dict[str, Sequence[float]]
 
 
 def time_left(epochs: int, seconds: float, supervised_phase: bool = False) -> str:
@@ -104,14 +113,24 @@ class History:
         with self.table.open(newline="") as f:
             return list(csv.reader(f))
 
+    def columns(self) -> dict[str, tuple[float, ...]]:
+        """The columns of the table by name, NaN where a cell is empty; none where there is no table, or no row.
+
+        Raises: ValueError that names the table where it is damaged.
+        """
+        try:
+            header, *rows = self.read() or [[]]
+            numbers = [[float(value or "nan") for value in row] for row in rows]
+            return dict(zip(header, zip(*numbers, strict=True), strict=True)) if rows else {}
+        except ValueError as error:
+            raise ValueError(f"{self.table} is damaged ({error}). Remove it; the training is not affected.") from error
+
     def draw(self, last: bool = False) -> None:
         """Draws the picture, unless drawing would take more than DRAWING_SHARE of the time since the last one."""
         begin = time.perf_counter()
         if not last and begin - self._drawn_at < self._drawing_seconds / DRAWING_SHARE:
             return
-        header, *rows = self.read()
-        numbers = ([float(value or "nan") for value in row] for row in rows)
-        columns = dict(zip(header, zip(*numbers, strict=True), strict=True))
+        columns = self.columns()
         if not any(np.isfinite(values).any() for name, values in columns.items() if name != "epoch"):
             return
         # nnU-Net's progress.png leaves huge fonts behind
@@ -129,43 +148,66 @@ def draw(columns: dict[str, tuple[float, ...]], other: str, boundary: int = 0) -
         other: name of the network that makes the pseudo labels.
         boundary: first epoch of the semi-supervised phase, marked by a line; 0: none.
     """
+    found, epochs = panels(columns, other), np.array(columns["epoch"])
+    figure = Figure(figsize=(11, 2.4 * len(found) + 0.6), layout="constrained")
+    axes = figure.subplots(len(found), sharex=True, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, found, strict=True):
+        draw_panel(axis, epochs, panel, boundary, named=axis is axes[0])
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+    name_epochs(axes[-1], epochs)
+    return figure
+
+
+def panels(columns: dict[str, tuple[float, ...]], other: str) -> list[Panel]:
+    """What `draw` shows, see there."""
     columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
-    epochs = np.array(columns["epoch"])
     dice = {name: values for name, values in columns.items() if name.startswith("dice_")}
     terms = {name: values for name, values in columns.items() if name not in ("epoch", *NAMES, *dice)}
     named = {name: (text.format(other=other), columns.get(name)) for name, text in NAMES.items()}
-    panels = [
-        ("loss terms, weighted", "loss", terms),
-        (
+    found = [
+        Panel("loss terms, weighted", "loss", terms),
+        Panel(
             "networks on a few validation patches",
             "mean Dice",
             {name.removeprefix("dice_").replace("_", " "): values for name, values in dice.items()},
         ),
-        ("pseudo labels on unlabeled patches", "0 to 1", _there(named, "agreement", "pseudo_confidence", "ramp")),
-        ("foreground", "part of the voxels (%)", _there(named, "labeled_foreground", "pseudo_foreground", factor=100)),
-        ("bottleneck features of the student", "1 - cosine", _there(named, "feature_distance")),
+        Panel("pseudo labels on unlabeled patches", "0 to 1", _there(named, "agreement", "pseudo_confidence", "ramp")),
+        Panel(
+            "foreground",
+            "part of the voxels (%)",
+            _there(named, "labeled_foreground", "pseudo_foreground", factor=100),
+        ),
+        Panel("bottleneck features of the student", "1 - cosine", _there(named, "feature_distance")),
     ]
-    panels = [panel for panel in panels if panel[2]]
-    figure = Figure(figsize=(11, 2.4 * len(panels) + 0.6), layout="constrained")
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axis, (title, label, lines) in zip(axes, panels, strict=True):
-        _lines(axis, epochs, lines)
-        axis.set_title(title, loc="left")
-        axis.set_ylabel(label)
-        if label in ("mean Dice", "0 to 1"):
-            axis.set_ylim(-0.03, 1.03)
-        elif label != "loss":
-            axis.update_datalim([(epochs[0], 0.0)])  # with 0, and nothing on the border
-            axis.autoscale_view()
-        if boundary:
-            text = f"semi-supervised phase\nfrom epoch {boundary}" if axis is axes[0] else None
-            axis.axvline(boundary - 0.5, color="0.4", linestyle="dotted", zorder=0, label=text)
-        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
-    axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return [panel for panel in found if panel.lines]
+
+
+def draw_panel(axis: Axes, epochs: np.ndarray, panel: Panel, boundary: int, named: bool) -> None:
+    """Draws the lines of a panel, its title and the boundary of the phases, which has a name in the legend if wanted.
+
+    Args:
+        epochs: of the lines' values.
+        boundary: first epoch of the semi-supervised phase; 0: none.
+    """
+    _lines(axis, epochs, panel.lines)
+    axis.set_title(panel.title, loc="left")
+    axis.set_ylabel(panel.label)
+    if panel.label in ("mean Dice", "0 to 1"):
+        axis.set_ylim(-0.03, 1.03)
+    elif panel.label != "loss":
+        axis.update_datalim([(epochs[0], 0.0)])  # with 0, and nothing on the border
+        axis.autoscale_view()
+    if boundary:
+        text = f"semi-supervised phase\nfrom epoch {boundary}" if named else None
+        axis.axvline(boundary - 0.5, color="0.4", linestyle="dotted", zorder=0, label=text)
+
+
+def name_epochs(axis: Axes, epochs: np.ndarray) -> None:
+    """The axis of the epochs, in whole numbers."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     margin = max(0.5, 0.02 * np.ptp(epochs))  # one epoch is a point in the middle
-    axes[-1].set_xlim(epochs.min() - margin, epochs.max() + margin)
-    return figure
+    axis.set_xlim(epochs.min() - margin, epochs.max() + margin)
 
 
 def _there(named: dict, *names: str, factor: float = 1.0) -> dict[str, list[float]]:
