@@ -346,7 +346,7 @@ def _add_compare(commands) -> None:
         "-o",
         dest="output",
         type=Path,
-        help="folder for the table, the figure, predictions and logs (default: comparison_PLANS_CONFIGURATION in the "
+        help="folder for table, figure, page, predictions and logs (default: comparison_PLANS_CONFIGURATION in the "
         "dataset's folder of nnUNet_results)",
     )
     parser.add_argument("--train", action="store_true", help="train what is not trained yet, go on with what is begun")

@@ -64,7 +64,7 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
     values = 100 * np.array([[of_trainer.get(case, np.nan) for case in cases] for of_trainer in dice.values()])
     figure = Figure(figsize=(max(5, min(1.8 + 1.7 * len(dice), 8)), 4.8), layout="constrained")
     axis = figure.subplots()
-    places = np.arange(len(dice))
+    places, ink = np.arange(len(dice)), matplotlib.rcParams["text.color"]  # black, or white on dark paper
     axis.plot(places, values, color="0.6", linewidth=0.7, alpha=0.7, zorder=1)
     boxes = axis.boxplot(
         [column[~np.isnan(column)] for column in values],
@@ -74,20 +74,20 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
         showcaps=False,
         showfliers=False,
         patch_artist=True,
-        medianprops={"color": "black", "linewidth": 1.6},
+        medianprops={"color": ink, "linewidth": 1.6},
         zorder=2,
     )
     for place, column in enumerate(values):
         colour = COLOURS[place % len(COLOURS)]
         boxes["boxes"][place].set(facecolor=colour, alpha=0.35)
-        axis.scatter([place] * len(column), column, s=26, color=colour, edgecolor="black", linewidth=0.5, zorder=3)
+        axis.scatter([place] * len(column), column, s=26, color=colour, edgecolor=ink, linewidth=0.5, zorder=3)
     many = len(dice) > 5
     # what all names begin with is said once, or where there is room for it on a line of its own
     names = [name.replace("nnUNetTrainer", "" if many else "nnUNetTrainer\n", 1).strip() or name for name in dice]
     axis.set_xticks(places, names, rotation=30 if many else 0, ha="right" if many else "center")
     xlabel = "trainer, without nnUNetTrainer at the beginning" if many else "trainer"
     axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel="Dice of a test case (%)", xlabel=xlabel)
-    axis.grid(axis="y", color="0.9")
+    axis.grid(axis="y", color=ink, alpha=0.1)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     point = "a point is one of them" if len(dice) == 1 else "a line joins the points of one of them"

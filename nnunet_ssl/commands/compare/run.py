@@ -42,7 +42,7 @@ def compare(
     num_processes: int = 3,
     mirroring: bool = True,
 ) -> tuple[str, dict[str, str]]:
-    """Predicts imagesTs with every trainer and fold, evaluates against labelsTs, and writes a table and a figure.
+    """Predicts imagesTs with every trainer and fold, evaluates against labelsTs; writes a table, a figure and a page.
 
     What is finished stays: an interrupted comparison goes on with the job that it was at. A trainer that fails has the
     reason in its row, the others go on.
@@ -53,7 +53,7 @@ def compare(
         folds: numbers or "all".
         trainers: the others are tested against the first one.
         plans_identifier: of the models.
-        output: folder for table, figure, predictions and logs; default: a folder in nnUNet_results/DATASET.
+        output: folder for table, figure, page, predictions and logs; default: a folder in nnUNet_results/DATASET.
         train: train what is not trained yet, and go on with what is half trained.
         launcher: "local", one job after the other, or "slurm", a job of the cluster for every trainer and fold.
         slurm: settings of the cluster's jobs, see `make_executor`.
@@ -188,7 +188,7 @@ def show(bar: tqdm, job: Job, step: str, shown: set[str]) -> None:
 
 
 def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Writes table and figure into the jobs' output folder; what `compare` returns.
+    """Writes table, figure and page into the jobs' output folder; what `compare` returns.
 
     Args:
         failures: reasons by the names of the jobs.
@@ -216,6 +216,9 @@ def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str
         from nnunet_ssl.commands.pictures import compare_cases  # imports matplotlib
 
         compare_cases(dice, output / FIGURE)
+    from nnunet_ssl.commands.compare.page import write_comparison  # imports matplotlib
+
+    write_comparison(output / f"{TABLE}.html", jobs[0].dataset, rows, text, dice)
     return contents[".md"], failed
 
 

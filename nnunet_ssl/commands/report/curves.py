@@ -26,6 +26,7 @@ ADVICE = {
     "self-training fails.",
     "bottleneck features of the student": "It should not fall to 0: then all patches look the same to the network.",
 }
+BRIGHTER = {"#0072B2": "#4AA8E0", "#009E73": "#2CC79A", "#D55E00": "#FF8A3C", "0.4": "0.7"}  # on dark paper
 
 
 def curves(training: Training) -> list[Picture]:
@@ -57,20 +58,24 @@ def draw_curves(panel: Panel, epochs: np.ndarray, boundary: int) -> Picture:
     """A panel as a picture of its own, narrow enough for a phone."""
     boundary = boundary if boundary <= epochs.max() else 0
 
-    def draw() -> str:
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    def draw(look: str) -> str:
+        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axis = figure.subplots()
-        draw_panel(axis, epochs, panel, boundary, named=True)
+        draw_panel(axis, epochs, panel, boundary, named=False)
         name_epochs(axis, epochs)
+        axis.set_title("")  # it is text of the page
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-        return as_png(figure)
+        axis.grid(axis="y", color="0.5", alpha=0.3, linewidth=0.7)
+        for line in axis.lines:
+            line.set_color(BRIGHTER.get(line.get_color(), line.get_color()) if look == "dark" else line.get_color())
+        long = max(map(len, panel.lines)) > 14
+        figure.legend(loc="outside lower center", ncols=1 if long else 3, frameon=False, fontsize=9)
+        return as_png(figure, dpi=180)
 
     light, dark = in_both_looks(draw)
     ends = [f"{name} {last(values)}" for name, values in panel.lines.items()]
     alt = f"Curves over {len(epochs)} epochs, {panel.title}. At the end: {', '.join(ends)}."
-    return Picture(light, alt, f"{panel.title[0].upper()}{panel.title[1:]}. {ADVICE[panel.title]}", dark)
+    return Picture(light, alt, ADVICE[panel.title], panel.title[0].upper() + panel.title[1:], dark)
 
 
 def last(values) -> str:

@@ -25,6 +25,7 @@ class Picture(NamedTuple):
         light: data URI.
         alt: what is seen, for those who do not see it.
         caption: what to look for.
+        title: what it is; empty where its place on the page says so.
         dark: data URI for dark screens; empty: the same.
         wide: it is so wide that a phone shows a part of it at a time.
     """
@@ -32,6 +33,7 @@ class Picture(NamedTuple):
     light: str
     alt: str
     caption: str
+    title: str = ""
     dark: str = ""
     wide: bool = False
 
@@ -72,14 +74,14 @@ def as_png(figure: Figure, dpi: int = 150) -> str:
     return as_uri(stream.getvalue(), "png")
 
 
-def in_both_looks(draw: Callable[[], str]) -> tuple[str, str]:
-    """What a function that draws returns, for bright and for dark screens."""
+def in_both_looks(draw: Callable[[str], str]) -> tuple[str, str]:
+    """What a function that draws returns for bright and for dark screens; it is told which, "light" or "dark"."""
     found = []
     for look, name in LOOKS.items():
         colours = {"figure.facecolor": PAPER[look], "axes.facecolor": PAPER[look], "savefig.facecolor": PAPER[look]}
         # nnU-Net's progress.png leaves huge fonts behind
         with style.context(["default", name, colours]):
-            found.append(draw())
+            found.append(draw(look))
     return found[0], found[1]
 
 

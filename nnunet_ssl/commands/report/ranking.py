@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from nnunet_ssl.system.files import read_json, read_text
 
 TABLE, NEXT, SETTINGS = "rank.csv", "next.csv", "settings.json"
 VOLUME = "volume_ml_"  # begin of the columns with the classes
+NUMBERS = ("score", "disagreement", "volume_z")  # columns that are shown as such
 UNUSUAL = 3  # robust z of a volume
 
 
@@ -92,16 +94,28 @@ def read_settings(folder: Path, training: Training) -> dict:
 
 def read_rows(file: Path, *needed: str) -> list[dict[str, str]]:
     """The rows of a table of `nnunet-ssl rank`; raises ValueError that names the file where it is damaged."""
-    reader = csv.DictReader(read_text(file).splitlines())
+    reader = csv.DictReader(StringIO(read_text(file), newline=""))
     rows = list(reader)
     lacking = [name for name in needed if name not in (reader.fieldnames or ())]
-    whole = all(None not in row and None not in row.values() for row in rows)
-    if lacking or not whole or any(Path(row["case"]).name != row["case"] for row in rows):
-        what = (
-            f"it has no column {', '.join(lacking)}" if lacking else "a row is cut off, or a case is no name of a file"
-        )
-        raise ValueError(f"{file} is damaged ({what}). Run the same nnunet-ssl rank command again.")
-    return rows
+    if lacking:
+        problem = f"it has no column {', '.join(lacking)}"
+    elif any(None in row or None in row.values() for row in rows):
+        problem = "a row is cut off"
+    elif any(Path(row["case"]).name != row["case"] for row in rows):
+        problem = "a case is no name of a file"
+    elif not all(is_number(v) for row in rows for name, v in row.items() if name in NUMBERS or name.startswith(VOLUME)):
+        problem = "a number is none"
+    else:
+        return rows
+    raise ValueError(f"{file} is damaged ({problem}). Run the same nnunet-ssl rank command again.")
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is empty or a number."""
+    try:
+        return text == "" or float(text) is not None
+    except ValueError:
+        return False
 
 
 def cards(ranking: Ranking, how: Reading, pictures: int) -> Iterator[Card]:

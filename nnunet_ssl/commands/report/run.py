@@ -74,9 +74,9 @@ def report(
     write_page(
         "report.html.j2",
         output,
-        title=f"{name[11:] or name}: {trainer_name}, fold {fold}",
+        name=name,
+        trainer=f"{trainer_name}, fold {fold}",
         header=header(training),
-        state=state_of(training),
         short=in_short(training, len(warnings.rows), ranked, labeled, cases),
         data=data_and_plans(training),
         settings=settings_of(training),
@@ -109,19 +109,19 @@ def draw_batch(training: Training, plans_identifier: str, device: str) -> tuple[
     except (OSError, ValueError, RuntimeError) as error:  # data that was removed or changed since the training
         return None, str(error)
 
-    def draw() -> str:
+    def draw(look: str) -> str:
         with TemporaryDirectory(prefix="nnunet_ssl_report_") as folder:
             preview.draw(rows, axes, file := Path(folder, "batch.png"))
             return as_uri(file.read_bytes(), "png")
 
     light, dark = in_both_looks(draw)
     if preview.is_mixed(rows):
-        look = "Is the dashed line, what the network takes for the truth in an unlabeled scan, around the structure?"
+        advice = "Is the dashed line, what the network takes for the truth in an unlabeled scan, around the structure?"
         alt = "Rows of patches: a labeled and an unlabeled one with outlines, the mask, their mix, the mixed target."
     else:
-        look = "Do labeled and unlabeled scans look alike in gray values and in size?"
+        advice = "Do labeled and unlabeled scans look alike in gray values and in size?"
         alt = "Rows of patches: a labeled one with its outlines, and an unlabeled one."
-    return Picture(light, alt, look, dark, wide=True), ""
+    return Picture(light, alt, advice, dark=dark, wide=True), ""
 
 
 def in_short(

@@ -127,7 +127,6 @@ def header(training: Training) -> list[tuple[str, str]]:
         ("Trainer", training.trainer),
         ("Configuration", f"{training.configuration}, {training.plans.plans_name}"),
         ("Fold", str(training.fold)),
-        ("Training", state_of(training)),
     ]
     if training.networks:
         facts.append(("Deployed network", f"{training.deployed} (of {', '.join(training.networks)})"))
@@ -142,13 +141,13 @@ def header(training: Training) -> list[tuple[str, str]]:
     return facts + ([("Trained with", ", ".join(["torch " + used[-1], *used[:-1]]))] if used else [])
 
 
-def data_and_plans(training: Training) -> Table:
-    """Numbers of cases, and what nnU-Net has planned."""
+def data_and_plans(training: Training) -> list[tuple[str, str]]:
+    """Numbers of cases, and what nnU-Net has planned: names and their values."""
     manager = training.plans.get_configuration(training.configuration)
     network = manager.network_arch_init_kwargs
     features = ", ".join(map(str, network.get("features_per_stage", ())))
     stages = f", {network['n_stages']} stages, {features} features" if "n_stages" in network else ""
-    rows = [
+    return [
         *cases_of(training),
         ("patch", f"{as_size(manager.patch_size)} voxels"),
         ("batch", counted(manager.batch_size, "patch", "patches")),
@@ -157,7 +156,6 @@ def data_and_plans(training: Training) -> Table:
         ("normalization", ", ".join(manager.normalization_schemes)),
         ("network", manager.network_arch_class_name.rpartition(".")[2] + stages),
     ]
-    return Table(("what", "value"), rows)
 
 
 def as_size(values: Sequence) -> str:
