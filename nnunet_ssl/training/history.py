@@ -120,8 +120,9 @@ class History:
         """
         try:
             header, *rows = self.read() or [[]]
-            numbers = [[float(value or "nan") for value in row] for row in rows]
-            return dict(zip(header, zip(*numbers, strict=True), strict=True)) if rows else {}
+            # a line that was cut off, or is being written now, is none
+            numbers = [[float(value or "nan") for value in row] for row in rows if len(row) == len(header)]
+            return dict(zip(header, zip(*numbers, strict=True), strict=True)) if numbers else {}
         except ValueError as error:
             raise ValueError(f"{self.table} is damaged ({error}). Remove it; the training is not affected.") from error
 

@@ -18,11 +18,13 @@ import SimpleITK as sitk
 import torch
 from matplotlib import colors, image
 from nnunetv2 import paths
+from pages import Page, alone
 from scipy import stats
 from tiny import make_raw_dataset, nnunet_command, plan, write_image
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.compare import job as job_module
+from nnunet_ssl.commands.compare import page as page_module
 from nnunet_ssl.commands.compare import run as run_module
 from nnunet_ssl.commands.compare.table import case_values, comma_separated, latex, make_rows, markdown
 from nnunet_ssl.commands.evaluate import METRICS
@@ -36,6 +38,12 @@ CASES = ("a", "b", "c")
 THREE = ("nnUNetTrainer", "nnUNetTrainerM3", "nnUNetTrainerM3HL")
 # in place of nnU-Net's commands: what a trainer predicts is the reference, moved by so many voxels
 SHIFT = {"nnUNetTrainer": 2, "nnUNetTrainerM3": 1, "nnUNetTrainerM3HL": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_figure_in_pages(request, monkeypatch):
+    if request.node.get_closest_marker("pictures") is None:  # drawn twice, for bright and for dark screens
+        monkeypatch.setattr(page_module, "draw_cases", lambda dice: None)
 
 
 @pytest.fixture
@@ -152,7 +160,27 @@ def test_every_trainer_is_predicted_evaluated_and_listed(trained, fake, capsys):
         assert said in shown
     assert "booktabs" in (out(trained) / "comparison.tex").read_text(encoding="utf-8")
     assert (out(trained) / "comparison.png").stat().st_size > 10_000
+    assert "nnUNetTrainerM3 73.89 ± 6.74" in Page(out(trained) / "comparison.html").texts["table"]
     assert "nnUNetv2_predict" in (out(trained) / "logs" / "nnUNetTrainer_fold_0.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.pictures
+def test_the_page_of_a_comparison_stands_alone_and_escapes_what_it_quotes(tmp_path):
+    cases = {name: {f"{name}<i>": dict.fromkeys(METRICS, 0.5) | {"Dice": d}} for name, d in (("a", 0.25), ("b", 0.75))}
+    values = {"One": cases["a"] | cases["b"], "Two": {}, "Three": cases["b"]}
+    rows = make_rows(values, {"Two": "RuntimeError: <b>no memory</b>"})
+    dice = {name: {case: m["Dice"] for case, m in own.items()} for name, own in values.items() if own}
+    page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows, "two-sided <u>test</u>", dice)
+    page = Page(tmp_path / "p.html")
+    assert alone(page)
+    assert not [tag for tag, _ in page.elements if tag in ("b", "i", "u")]
+    table, every = page.texts["table"], page.texts["cases"]
+    for text in ("One 50.00 ± 35.36", "Two failed: RuntimeError: <b>no memory</b>", "two-sided <u>test</u>"):
+        assert text in table
+    assert every.endswith("a<i> 25.0 b<i> 75.0 75.0")  # worst first, empty where a trainer has none
+    assert "Medians: One 50.0 %, Three 75.0 %." in page.images()[0]["alt"]
+    page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows[1:2], "", {})
+    assert "every trainer has failed" in Page(tmp_path / "p.html").texts["cases"]
 
 
 def test_a_second_comparison_into_the_same_folder_is_refused(trained, fake, capsys):

@@ -162,3 +162,13 @@ def test_without_any_finite_number_there_is_no_picture_and_no_error(tmp_path):
     assert not history.picture.exists()
     history.record(1, {"loss": 0.5}, {}, [], last=True)
     assert history.picture.is_file()
+
+
+def test_a_row_that_is_being_written_is_none_and_a_damaged_table_is_named(tmp_path):
+    history = History(tmp_path)
+    assert history.columns() == {}
+    history.table.write_text("epoch,loss\n0,1.5\n1")
+    assert history.columns() == {"epoch": (0.0,), "loss": (1.5,)}
+    history.table.write_text("epoch,loss\n0,x\n")
+    with pytest.raises(ValueError, match=r"losses\.csv is damaged"):
+        history.columns()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nnunet_ssl.commands.evaluate import case_metrics, label_values, paired_files, read_pair
 from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE
 from nnunet_ssl.commands.report.page import Card, Key, Table
-from nnunet_ssl.commands.report.scans import FEW, Reading, first_channels, millilitres, number, show
+from nnunet_ssl.commands.report.scans import FEW, Reading, first_channels, labeled_images, millilitres, number, show
 from nnunet_ssl.commands.report.training import Training
 from nnunet_ssl.system.pool import run_all, worker_pool
 
@@ -47,7 +47,7 @@ def validation(training: Training) -> Labeled | None:
         return None
     raw = Path(paths.nnUNet_raw, training.plans.dataset_name) if paths.nnUNet_raw.is_set() else Path()
     what = f"the validation scans of fold {training.fold}, predicted by nnU-Net when the training was over"
-    return Labeled(what, pairs, first_channels([raw / "imagesTr"], training.dataset_json))
+    return Labeled(what, pairs, labeled_images(raw, training.dataset_json))
 
 
 def given(predictions: Path, labels: Path, images: Path | None, training: Training) -> Labeled:

@@ -11,7 +11,16 @@ from tqdm import tqdm
 
 from nnunet_ssl.commands.report.page import Card, Key, Table
 from nnunet_ssl.commands.report.pictures import keys_of
-from nnunet_ssl.commands.report.scans import FEW, NONE, Reading, first_channels, millilitres, number, show
+from nnunet_ssl.commands.report.scans import (
+    FEW,
+    NONE,
+    Reading,
+    first_channels,
+    labeled_images,
+    millilitres,
+    number,
+    show,
+)
 from nnunet_ssl.commands.report.training import Training
 from nnunet_ssl.system.files import read_json, read_text
 
@@ -64,14 +73,15 @@ def read_ranking(folder: Path, training: Training) -> Ranking:
     names = [name for name in networks if name in own] + [name for name in own if name not in networks]
     raw = Path(paths.nnUNet_raw, training.plans.dataset_name) if paths.nnUNet_raw.is_set() else Path()
     given = settings.get("scans", "unlabeled")
-    folders = [raw / "imagesUn", raw / "imagesTr"] if given == "unlabeled" else [Path(given)]
+    hidden = labeled_images(raw, training.dataset_json) if given == "unlabeled" else {}
+    folders = [folder / "images", raw / "imagesUn" if given == "unlabeled" else Path(given)]
     return Ranking(
         folder,
         rows,
         [name.removeprefix(VOLUME) for name in (rows[0] if rows else ()) if name.startswith(VOLUME)],
         keys_of(names or ["prediction"]),
         [row["case"] for row in read_rows(folder / NEXT, "case")] if (folder / NEXT).is_file() else [],
-        first_channels([folder / "images", *folders], training.dataset_json),
+        hidden | first_channels(folders, training.dataset_json),
     )
 
 

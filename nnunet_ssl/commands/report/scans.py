@@ -35,6 +35,12 @@ class Reading(NamedTuple):
         return cls(plans.image_reader_writer_class, ending, dataset_json["labels"].get("ignore"), channel, statistics)
 
 
+def labeled_images(raw: Path, dataset_json: dict) -> dict[str, Path]:
+    """Per labeled case the file of its first channel: in imagesTr, or where dataset.json says."""
+    elsewhere = {case: raw / entry["images"][0] for case, entry in dataset_json.get("dataset", {}).items()}
+    return elsewhere or first_channels([raw / "imagesTr"], dataset_json)
+
+
 def first_channels(folders: Sequence[Path], dataset_json: dict) -> dict[str, Path]:
     """Per case the file of its first channel, from the first of some folders that has it; folders may be missing."""
     found: dict[str, Path] = {}
