@@ -156,7 +156,7 @@ def test_a_page_stands_alone_and_has_everything(root):
         assert text in page.texts[""]
     training, settings = page.texts["training"], page.texts["settings"]
     assert "all pseudo labels of this epoch are background, 0.0 <b>. 0 to 2 3" in training  # one row of three warnings
-    assert "Dice of nnU-Net's log" in training
+    assert "Dice on validation patches" in training
     assert "pseudo_weight 0.5 alpha: weight of pseudo-labeled voxels; labeled voxels have 1" in settings
     for text in (
         "labeled cases 2",
@@ -277,7 +277,8 @@ def test_scans_without_any_foreground_and_a_class_that_is_never_predicted(root):
     page = page_of("--rank", write_ranking(root, ["u0"], maps=organ() * 0, **empty))
     text = page.texts["unlabeled"]
     assert "No foreground at all: the picture shows the middle slices." in text
-    assert "Not predicted: organ lesion. Is there really none?" in text
+    assert "Not predicted: organ, lesion. No foreground" in text
+    assert "Is there really nothing in this scan?" in text
     assert "lesion is not predicted in any of these scans." in text
     assert len(page.images()) == 3
 

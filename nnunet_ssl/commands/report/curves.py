@@ -12,10 +12,10 @@ from nnunet_ssl.training.observations import pseudo_labeler
 
 # what to look for in a panel, by its title
 ADVICE = {
-    "loss of nnU-Net's log": "Both should fall and level off. A validation loss that rises again while the other one "
-    "falls means that the labeled scans are learned by heart.",
-    "Dice of nnU-Net's log": "On patches of the validation scans, of the deployed network. It should rise and level "
-    "off; a dip where the second phase begins is usual.",
+    "training and validation loss": "Both should fall and level off. A validation loss that rises again while "
+    "the other one falls means that the labeled scans are learned by heart.",
+    "Dice on validation patches": "Of the deployed network. It should rise and level off; a dip where the second "
+    "phase begins is usual.",
     "loss terms, weighted": "No term should grow without end, or have gaps: these are values that are not finite. A "
     "jump at the dotted line is a change of what is summed.",
     "networks on a few validation patches": "A teacher should be as good as the students, or better. One that stays "
@@ -35,9 +35,11 @@ def curves(training: Training) -> list[Picture]:
     epochs = np.arange(min(map(len, logged.values())))
     of_nnunet = [
         Panel(
-            "loss of nnU-Net's log", "loss", {"training": logged["train_losses"], "validation": logged["val_losses"]}
+            "training and validation loss",
+            "loss",
+            {"training": logged["train_losses"], "validation": logged["val_losses"]},
         ),
-        Panel("Dice of nnU-Net's log", "mean Dice", {"an epoch": logged["mean_fg_dice"]}),
+        Panel("Dice on validation patches", "mean Dice", {"an epoch": logged["mean_fg_dice"]}),
     ]
     smooth = training.logging.get("ema_fg_dice", [])
     of_nnunet[1].lines.update({"moving average": smooth} if len(smooth) >= len(epochs) else {})
@@ -63,7 +65,7 @@ def draw_curves(panel: Panel, epochs: np.ndarray, boundary: int) -> Picture:
         axis = figure.subplots()
         draw_panel(axis, epochs, panel, boundary, named=False)
         name_epochs(axis, epochs)
-        axis.set_title("")  # it is text of the page
+        axis.set_title("", loc="left")  # it is text of the page
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.5", alpha=0.3, linewidth=0.7)
         for line in axis.lines:

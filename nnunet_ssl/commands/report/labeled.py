@@ -134,14 +134,11 @@ def cards(cases: dict[str, Metrics], labeled: Labeled, how: Reading) -> Iterator
     worst = [case for case, metrics in cases.items() if np.isfinite(mean(metrics, "Dice"))][:WORST]
     for case in tqdm(worst, "Drawing labeled scans", unit="scan", disable=None):
         metrics = cases[case]
-        facts = [
-            (
-                f"Dice of {name}",
-                f"{number(100 * own['Dice'], 1)} % ({millilitres(own['predicted_ml'])} ml predicted, "
-                f"{millilitres(own['reference_ml'])} ml in the reference)",
-            )
-            for name, own in metrics.items()
-        ]
+        facts = []
+        for name, own in metrics.items():
+            predicted, true = millilitres(own["predicted_ml"]), millilitres(own["reference_ml"])
+            facts += [(f"Dice of {name}", f"{number(100 * own['Dice'], 1)} %")]
+            facts += [(f"volume of {name}", f"{predicted} ml, reference {true} ml")]
         facts += [(n.removesuffix("_mm"), f"{number(mean(metrics, n), 1)} mm") for n in ("HD95_mm", "ASSD_mm")]
         missed = [name for name, own in metrics.items() if own["reference_ml"] and not own["predicted_ml"]]
         invented = [name for name, own in metrics.items() if own["predicted_ml"] and not own["reference_ml"]]

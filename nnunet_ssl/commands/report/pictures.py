@@ -120,7 +120,7 @@ def draw_scan(image: Volume, maps: Sequence[np.ndarray], keys: Sequence[Key], wi
 def _write(axis, x: float, y: float, text: str, horizontal: str, vertical: str) -> None:
     around = [withStroke(linewidth=2.5, foreground="black")]
     where = {"transform": axis.transAxes, "ha": horizontal, "va": vertical}
-    axis.text(x, y, text, color="white", fontsize=13, path_effects=around, **where)
+    axis.text(x, y, text, color="white", fontsize=15, path_effects=around, **where)
 
 
 def views_of(maps: Sequence[np.ndarray], oriented: bool) -> list[View]:

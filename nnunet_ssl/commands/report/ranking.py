@@ -141,12 +141,14 @@ def cards(ranking: Ranking, how: Reading, pictures: int) -> Iterator[Card]:
         alt = f"Scan {case}, " + ", ".join(" ".join(fact) for fact in facts)
         files = ranking.files(case, how.ending)
         picture, note = show(ranking.images.get(case), files, ranking.keys, how, questions(row, ranking), alt)
-        missing = f"Not predicted: {row['missing']}. Is there really none?" if row["missing"] else ""
+        missing = f"Not predicted: {absent(row, ranking)}." if row["missing"] else ""
         yield Card(case, facts, picture, " ".join(filter(None, (missing, note))))
 
 
 def questions(row: dict[str, str], ranking: Ranking) -> str:
     """What to look for in the picture of a scan."""
+    if ranking.classes and not any(float(row[VOLUME + name] or 0) for name in ranking.classes):
+        return "Is there really nothing in this scan?"
     found = []
     if number(row.get("disagreement", "")) not in (NONE, "0.00"):
         found.append("Where the lines part, which network is right?")
@@ -155,6 +157,14 @@ def questions(row: dict[str, str], ranking: Ranking) -> str:
     if float(row.get("volume_z") or 0) > UNUSUAL:
         found.append("The volume is unusual: is something left out, or too much?")
     return " ".join(found) or "Are the lines around the whole structure, and around nothing else?"
+
+
+def absent(row: dict[str, str], ranking: Ranking) -> str:
+    """The classes that are not predicted in a scan; the table has spaces between names, which may have some too."""
+    return (
+        ", ".join(name for name in ranking.classes if row[VOLUME + name] and not float(row[VOLUME + name]))
+        or row["missing"]
+    )
 
 
 def rest(ranking: Ranking, pictures: int) -> Table:
@@ -168,7 +178,7 @@ def rest(ranking: Ranking, pictures: int) -> Table:
             number(row.get("disagreement", "")),
             *(millilitres(row[VOLUME + name]) for name in shown),
             row.get("components", ""),
-            row["missing"],
+            absent(row, ranking),
         )
         for row in ranking.rows[pictures:]
     ]

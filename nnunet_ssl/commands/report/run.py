@@ -129,7 +129,7 @@ def in_short(
 ) -> Sequence[tuple[str, str, str]]:
     """What a reader should know first: section, what it is, what it says."""
     found = [("training", "Training", state_of(training))]
-    found.append(("training", "Warnings in the log", counted(warnings, "kind", "kinds") if warnings else "none"))
+    found.append(("training", "Warnings in the log", str(warnings or "none")))
     if ranked and ranked.rows:
         scans, worst = counted(len(ranked.rows), "unlabeled scan"), [row["case"] for row in ranked.rows[:FIRST]]
         found.append(("unlabeled", f"Look first, of {scans}", ", ".join(worst)))

@@ -94,4 +94,6 @@ def number(text: str | float, digits: int = 2) -> str:
 def millilitres(value: str | float) -> str:
     """A volume with as many digits as mean something."""
     text = number(value, 3)
+    if text == "0.000":
+        return "0"
     return text if text == NONE or float(text) < 1 else number(value, 1)

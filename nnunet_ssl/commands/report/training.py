@@ -121,12 +121,9 @@ def state_of(training: Training) -> str:
 
 
 def header(training: Training) -> list[tuple[str, str]]:
-    """What the page is about: names and their values."""
+    """What made the model, beside what the heading says: names and their values."""
     facts = [
-        ("Dataset", training.plans.dataset_name),
-        ("Trainer", training.trainer),
         ("Configuration", f"{training.configuration}, {training.plans.plans_name}"),
-        ("Fold", str(training.fold)),
     ]
     if training.networks:
         facts.append(("Deployed network", f"{training.deployed} (of {', '.join(training.networks)})"))
