@@ -22,7 +22,7 @@ from nnunet_ssl.commands.report import page as page_module
 from nnunet_ssl.commands.report import run as run_module
 from nnunet_ssl.commands.report import scans as scans_module
 from nnunet_ssl.commands.report.pictures import read_volume, surroundings, views_of, window_of
-from nnunet_ssl.commands.report.training import trainer_file
+from nnunet_ssl.commands.report.training import trainer_files
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 NAME, TRAINER = "Dataset803_Report", "nnUNetTrainerM3HL"
@@ -441,16 +441,24 @@ def test_a_radiologist_sees_scans_in_the_usual_directions(tmp_path):
 
 
 def test_the_file_of_a_trainer_is_found_with_any_number_of_epochs(monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text("class nnUNetTrainerMine(object):\n    strength = 0.5  # of it\n")
+    (tmp_path / "mine.py").write_text("class nnUNetTrainerMine(nnUNetTrainerM3HL):\n    strength = 0.5  # of it\n")
     monkeypatch.setenv("nnUNet_extTrainer", f"{os.environ['nnUNet_extTrainer']}{os.pathsep}{tmp_path}")
-    assert trainer_file("nnUNetTrainerM3HL_100epochs").name == "nnUNetTrainerM3HL.py"
-    assert trainer_file("nnUNetTrainerMine") == tmp_path / "mine.py"
-    assert trainer_file("nnUNetTrainerNobody") is None
+    assert [file.name for file in trainer_files("nnUNetTrainerM3HL_100epochs")] == ["nnUNetTrainerM3HL.py"]
+    assert [file.name for file in trainer_files("nnUNetTrainerMine")] == ["mine.py", "nnUNetTrainerM3HL.py"]
+    assert trainer_files("nnUNetTrainerNobody") == []
 
 
-def test_a_page_is_replaced_as_a_whole_or_not_at_all(root, monkeypatch):
+def test_a_page_is_replaced_as_a_whole_or_not_at_all(root, monkeypatch, capsys):
+    def on_a_full_disk(file, text, **_):
+        file.write_bytes(text[:1000].encode())
+        raise OSError("No space left on device")
+
     Path("page.html").write_text("the page of before")
     files = sorted(root.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", on_a_full_disk)
+        assert run() == 1
+    assert "No space left on device" in capsys.readouterr().err
     monkeypatch.setattr(page_module, "PAPER", {})
     with pytest.raises(UndefinedError, match="light"):  # the template lacks a colour
         run()

@@ -180,20 +180,30 @@ def cases_of(training: Training) -> list[tuple[str, str]]:
 def settings_of(training: Training) -> Table:
     """Settings of the method and of nnU-Net's training as they were in this training, with what they mean."""
     meanings = {}
-    for file in (trainer_file(training.trainer), Path(base.__file__)):
-        text = file.read_text(encoding="utf-8") if file else ""
+    for file in (*trainer_files(training.trainer), Path(base.__file__)):
+        text = file.read_text(encoding="utf-8")
         for name, meaning in re.findall(r"^    (\w+)(?:: [\w | ]+)? = [^#\n]+(?:# (.*))?$", text, re.MULTILINE):
             meanings[name] = meanings.get(name) or meaning
-    names = dict.fromkeys([*meanings, *STOCK_SETTINGS, *FURTHER_SETTINGS])
-    rows = [(name, training.debug[name], meanings.get(name, "nnU-Net's")) for name in names if name in training.debug]
+    stock = dict.fromkeys((*STOCK_SETTINGS, *FURTHER_SETTINGS), "nnU-Net's")
+    names = [name for name in {**meanings, **stock} if name in training.debug]
+    rows = [(name, training.debug[name], meanings.get(name) or stock.get(name, "")) for name in names]
     return Table(("setting", "value", "meaning"), rows)
 
 
-def trainer_file(name: str) -> Path | None:
-    """The file in the folders of nnUNet_extTrainer that has a trainer, or the one that its number of epochs varies."""
-    names = {name, re.sub(r"_\d+epochs$", "", name)}
-    for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep):
-        for file in sorted(Path(folder).glob("*.py")) if folder else ():
-            if names & set(re.findall(r"^class (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)):
-                return file
-    return None
+def trainer_files(name: str) -> list[Path]:
+    """The file of a trainer, or of the one whose number of epochs it varies, and those of its base classes.
+
+    They are looked for in the folders of nnUNet_extTrainer and read, not imported.
+    """
+    folders = [Path(folder) for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    found, left = [], [name]
+    while left:
+        wanted = left.pop(0)
+        for file in [file for folder in folders for file in sorted(folder.glob("*.py"))]:
+            classes = dict(re.findall(r"^class (\w+)\(([^)]*)\)", file.read_text(encoding="utf-8"), re.MULTILINE))
+            own = wanted if wanted in classes else re.sub(r"_\d+epochs$", "", wanted)
+            if own in classes and file not in found:
+                found.append(file)
+                left += re.findall(r"\w+", classes[own])
+                break
+    return found
