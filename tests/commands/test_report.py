@@ -401,9 +401,12 @@ def test_the_slices_are_those_with_the_largest_area_and_the_largest_difference()
     assert [(view.name, view.index) for view in views] == [
         ("axial", 3),
         ("most different", 4),
-        ("coronal", 2),
-        ("sagittal", 2),
+        ("coronal", 5),
+        ("sagittal", 5),
     ]
+    elsewhere = first.copy()
+    elsewhere[:, 8, 9] = 1  # the planes stay with what the widest slice shows
+    assert [view.index for view in views_of([elsewhere], True)] == [3, 3, 5, 5]
     assert [view.outlines for view in views_of([first, first], False)] == [True, False, True, True]
     assert [view.index for view in views_of([first * 0], False)] == [4, 4, 4, 5]
     assert [view.name for view in views_of([first[:1]], False)] == ["image", "outlines"]

@@ -21,6 +21,7 @@ DPI = 100
 QUALITY = 80  # of JPEG, in percent
 MARGIN = 0.25  # of the foreground's longest side, around it
 LEAST_MARGIN = 0.08  # of the scan's longest side
+NEARLY = 0.9  # of the largest area: slices that are as good, of which the middle one is shown
 # colours that are seen on dark and on bright tissue, with lines that differ without colour
 COLOURS = (REFERENCE, PREDICTION, "#F0E442", "#CC79A7", "#00C08B")
 STYLES = ("solid", "dashed", "dotted", "dashdot")
@@ -126,8 +127,9 @@ def _write(axis, x: float, y: float, text: str, horizontal: str, vertical: str) 
 def views_of(maps: Sequence[np.ndarray], oriented: bool) -> list[View]:
     """The slices that `draw_scan` shows of label maps; the middle ones where there is no foreground."""
     foreground = np.any([labels > 0 for labels in maps], 0)
-    areas = [foreground.sum(tuple({0, 1, 2} - {axis})) for axis in range(3)]
-    largest = [int(area.argmax()) if area.any() else len(area) // 2 for area in areas]
+    widest = middle_of_largest(foreground.sum((1, 2)))
+    # through the same place, so that the planes show one structure
+    largest = [widest, *(middle_of_largest(foreground[widest].sum(1 - axis)) for axis in range(2))]
     if foreground.shape[0] == 1:
         return [View("image", 0, 0, False), View("outlines", 0, 0)]
     names = PLANES if oriented else [f"axis {axis + 1}, slice" for axis in range(3)]
@@ -138,6 +140,12 @@ def views_of(maps: Sequence[np.ndarray], oriented: bool) -> list[View]:
     else:
         second = View("without lines", 0, largest[0], False)
     return [planes[0], second, *planes[1:]]
+
+
+def middle_of_largest(areas: np.ndarray) -> int:
+    """Index in the middle of the areas that are nearly the largest; of all, where there is no foreground."""
+    found = np.flatnonzero(areas >= NEARLY * areas.max())
+    return int(found[len(found) // 2])
 
 
 def surroundings(maps: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[slice, ...]:
