@@ -15,7 +15,7 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string, get_ou
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from tqdm import tqdm
 
-from nnunet_ssl.commands.trained_models import further_models, trained_folds
+from nnunet_ssl.commands.trained_models import further_models, network_weights, trained_folds
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
@@ -157,12 +157,11 @@ def plain(state: dict, file: Path, network: str | None) -> str:
 
     What it was stays under one extra key, which nnU-Net does not read: trainer, network, version.
     """
-    ours = state.pop(CHECKPOINT_KEY, None)
-    if ours is None:
+    if CHECKPOINT_KEY not in state:
         raise ValueError(f"{file} was not written by one of our trainers. Use nnUNetv2_export_model_to_zip.")
-    network = network or ours["inference_network"]
-    deployed = state["network_weights"]
-    networks = {"student": ours["student"], **ours["companions"], ours["inference_network"]: deployed}
+    networks, deployed = network_weights(state), state["network_weights"]
+    network = network or next(iter(networks))
+    del state[CHECKPOINT_KEY]
     if network not in networks:
         raise ValueError(f"{file} has no network {network!r}; it has {', '.join(sorted(networks))}.")
     weights = networks[network]

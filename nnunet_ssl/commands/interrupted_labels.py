@@ -64,15 +64,15 @@ def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, 
         temporary.write_text(record)
 
 
-def convert_series(case: str, files: list[str], unfinished: Path, ending: str) -> list[str]:
-    """A scan's files as nnU-Net reads them: a DICOM series, a folder, becomes a file in imagesTr of `unfinished`.
+def convert_series(case: str, files: list[str], folder: Path, ending: str) -> list[str]:
+    """A scan's files as nnU-Net reads them: a DICOM series, a folder, becomes a file in `folder`, which is made.
 
     A file that an interrupted run has converted, and that is not older than the series, is kept.
     """
     source = Path(files[0])
     if not source.is_dir():
         return files
-    target = unfinished / "imagesTr" / f"{case}_0000{ending}"
+    target = folder / f"{case}_0000{ending}"
     if not target.is_file() or changed_at(target) < changed_at(source):
         target.parent.mkdir(exist_ok=True)
         with unpacked(source, ending) as path, replacing(target) as temporary:

@@ -2,9 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,43 +13,85 @@ from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 from tqdm import tqdm
 
-from nnunet_ssl.commands.trained_models import Model
+from nnunet_ssl.blocks.networks import has_stages, unwrap, with_interpolation
+from nnunet_ssl.commands.trained_models import Network, network_weights
+from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
 from nnunet_ssl.system.quiet import quiet
+from nnunet_ssl.training.checkpoints import read_checkpoint
 
 SCRATCH, DISAGREEMENT = "predicting", "disagreement"  # folders of a run that is not finished
 
 
+def load_predictors(networks: Sequence[Network], device: str, mirroring: bool) -> list[nnUNetPredictor]:
+    """nnU-Net's predictors with the weights of networks, in their order.
+
+    Raises:
+        ValueError: a checkpoint has no such network, or one whose architecture is unknown.
+    """
+    predictors = []
+    for model, members in groupby(networks, key=lambda network: network.model):
+        names = [network.name for network in members]
+        weights = network_weights(read_checkpoint(model.file)) if names != [None] else {}
+        for name in names:
+            predictors.append(nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False))
+            with quiet():  # nnU-Net says every file in which it looks for the trainer, and cites itself
+                predictors[-1].initialize_from_trained_model_folder(str(model.folder), (model.fold,), model.checkpoint)
+            if name is not None:
+                give_weights(predictors[-1], weights[name], f"{name} in {model.file}")
+    return predictors
+
+
+def give_weights(predictor: nnUNetPredictor, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Makes a predictor one of another network of its checkpoint; `what` is that for the message.
+
+    Raises: NotImplementedError where the architecture is neither that of the deployed network nor the same one with
+        interpolation in its decoder.
+    """
+    shapes = {key: tensor.shape for key, tensor in weights.items()}
+    plain = unwrap(predictor.network)
+    candidates = [lambda: plain, *[lambda: with_interpolation(plain)] * has_stages(plain)]
+    network = next((n for n in (make() for make in candidates) if shapes == shapes_of(n)), None)
+    if network is None:
+        raise NotImplementedError(f"{what} has an architecture of its own. Name the others: --network student")
+    if network is not plain:
+        predictor.network = network  # not compiled
+    predictor.list_of_parameters = [weights]
+
+
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of the entries of a network's state."""
+    return {key: tensor.shape for key, tensor in network.state_dict().items()}
+
+
 def predict(
     scans: dict[str, list[str]],
-    unfinished: Path,
-    models: Sequence[Model],
-    device: str,
+    predictors: Sequence[nnUNetPredictor],
     num_processes: int,
-    mirroring: bool,
-    ignore_label: int | None,
+    finish: Callable,
+    further: Callable[[], tuple],
 ) -> None:
-    """Predicts the scans with nnU-Net's own predictor, behind a progress bar.
-
-    A label file appears in `labelsTr` of the folder `unfinished` when it is complete, as soon as its scan is predicted.
+    """Predicts scans with nnU-Net's own predictors, behind a progress bar; what becomes of a scan is done in workers.
 
     Args:
-        models: with the same plans and configuration; of several the mean of the probabilities counts.
-        ignore_label: of voxels on which they disagree; None: these have the label of the mean.
+        scans: per case its image files.
+        predictors: of networks with the same plans and configuration.
+        num_processes: for preprocessing, and as many for `finish`; with 1 this process calls it.
+        finish: a function of a module, called for every scan with its name, a list of logits (classes, *spatial), the
+            properties of the preprocessed scan, nnU-Net's managers of configuration and plans, dataset.json, and what
+            `further` gives.
+        further: is called when a scan has been predicted.
 
     Raises:
         RuntimeError: a worker died.
     """
-    predictors = []
-    for model in models:
-        predictors.append(nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False))
-        with quiet():  # nnU-Net says every file in which it looks for the trainer, and cites itself
-            predictors[-1].initialize_from_trained_model_folder(str(model.folder), (model.fold,), model.checkpoint)
     first = predictors[0]
-    how = (first.configuration_manager, first.plans_manager, first.dataset_json, ignore_label)
+    how = (first.configuration_manager, first.plans_manager, first.dataset_json)
     prepared = preprocessing_iterator_fromfiles(
         list(scans.values()),
         None,
@@ -58,7 +100,7 @@ def predict(
         first.dataset_json,
         first.configuration_manager,
         num_processes,
-        device == "cuda",
+        first.device.type == "cuda",
     )
     exports = deque()
     try:
@@ -68,12 +110,12 @@ def predict(
                     predictor.predict_logits_from_preprocessed_data(item["data"]).cpu().detach().numpy()
                     for predictor in predictors
                 ]
-                job = (item["ofile"], unfinished, logits, item["data_properties"], *how)
+                job = (item["ofile"], logits, item["data_properties"], *how, *further())
                 if pool is None:
-                    export(*job)
+                    finish(*job)
                     continue
-                exports.append(pool.submit(export, *job))
-                while len(exports) > (num_processes + 2) // len(models):  # more would fill the memory
+                exports.append(pool.submit(finish, *job))
+                while len(exports) > (num_processes + 2) // len(predictors):  # more would fill the memory
                     exports.popleft().result()
             while exports:
                 exports.popleft().result()
@@ -86,25 +128,39 @@ def predict(
 
 def export(
     case: str,
-    unfinished: Path,
     logits: list[np.ndarray],
     properties: dict,
     configuration,
     plans,
     dataset_json: dict,
+    unfinished: Path,
     ignore_label: int | None,
 ) -> None:
-    """Writes a label file in a folder of its own, and moves it to `labelsTr` in one step.
+    """Writes a label file in `labelsTr` of a folder, and how far the models disagree.
 
     Args:
-        logits: of every model, (classes, *spatial) of the preprocessed scan.
+        logits: of every model, (classes, *spatial) of the preprocessed scan; of several the mean of the probabilities
+            counts.
         properties: of the preprocessed scan.
         configuration: nnU-Net's manager, as `plans`.
         dataset_json: of the model.
-        ignore_label: see `predict`.
+        unfinished: the folder.
+        ignore_label: of voxels on which the models disagree; None: these have the label of the mean.
     """
-    scratch = unfinished / SCRATCH / case
-    scratch.mkdir(parents=True, exist_ok=True)
+    labels, each = label_maps(logits, properties, configuration, plans, dataset_json)
+    if len(each) > 1:
+        (unfinished / DISAGREEMENT).mkdir(exist_ok=True)
+        with replacing(unfinished / DISAGREEMENT / f"{case}.txt") as temporary:
+            temporary.write_text(repr(disagreement(each)))
+        if ignore_label is not None:
+            labels[disagreeing(each)] = ignore_label
+    write_labels(case, labels, properties, plans, dataset_json, unfinished / "labelsTr", unfinished / SCRATCH / case)
+
+
+def label_maps(
+    logits: list[np.ndarray], properties: dict, configuration, plans, dataset_json: dict
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Label maps in the grid of the scan's files: of the networks' mean probability, and of every network."""
     manager = plans.get_label_manager(dataset_json)
 
     def segmentation(values):
@@ -113,24 +169,37 @@ def export(
         )
 
     labels = segmentation(logits[0] if len(logits) == 1 else mean_logits(logits, manager))
-    if len(logits) > 1:
-        each = [segmentation(values) for values in logits]
-        (unfinished / DISAGREEMENT).mkdir(exist_ok=True)
-        with replacing(unfinished / DISAGREEMENT / f"{case}.txt") as temporary:
-            temporary.write_text(repr(disagreement(each)))
-        if ignore_label is not None:
-            labels[disagreeing(each)] = ignore_label
+    return labels, [segmentation(values) for values in logits] if len(logits) > 1 else [labels]
+
+
+def write_labels(
+    case: str, labels: np.ndarray, properties: dict, plans, dataset_json: dict, folder: Path, scratch: Path
+) -> None:
+    """Writes a label file into a folder of its own, and moves it to where it belongs in one step.
+
+    Args:
+        labels: in the grid of the scan's files.
+        properties: of the scan, for the geometry.
+        folder: where the file appears.
+        scratch: where it is written; on the same disk.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
     label = f"{case}{dataset_json['file_ending']}"
     plans.image_reader_writer_class().write_seg(labels, str(scratch / label), properties)
     # the label goes last, it says that all is there: nnU-Net writes the spacing of a TIFF beside it
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == label):
-        os.replace(file, unfinished / "labelsTr" / file.name)
+        os.replace(file, folder / file.name)
+
+
+def mean_probabilities(logits: Sequence[np.ndarray], manager: LabelManager) -> torch.Tensor:
+    """Mean of the networks' probabilities, of classes or regions: (classes, *spatial), float32."""
+    # one after the other: the probabilities of all of them need not be in memory at once
+    return sum(manager.apply_inference_nonlin(torch.from_numpy(values).float()) for values in logits) / len(logits)
 
 
 def mean_logits(logits: Sequence[np.ndarray], manager: LabelManager) -> np.ndarray:
     """Logits whose probabilities are the mean of the models' probabilities: (classes, *spatial), float32."""
-    # one after the other: the probabilities of all of them need not be in memory at once
-    mean = sum(manager.apply_inference_nonlin(torch.from_numpy(values).float()) for values in logits) / len(logits)
+    mean = mean_probabilities(logits, manager)
     least = torch.finfo(mean.dtype).tiny
     return (torch.logit(mean, 1e-7) if manager.has_regions else mean.clamp_min(least).log()).numpy()
 
@@ -151,3 +220,24 @@ def disagreement(labels: Sequence[np.ndarray]) -> float:
         foreground = np.count_nonzero((one != 0) | (other != 0))
         parts.append(np.count_nonzero(one != other) / foreground if foreground else 0.0)
     return float(np.mean(parts))
+
+
+def refuse_unsound(
+    unlabeled: dict[str, list[Path]],
+    left: Collection[str],
+    raw: Path,
+    plans: PlansManager,
+    configuration: str,
+    dataset_json: dict,
+    num_processes: int,
+    accept: Collection[str],
+) -> None:
+    """Reads the scans of imagesUn that are left to label, before a model spends hours on some.
+
+    Raises: ValueError with a line per problem of scans that are not accepted as they are.
+    """
+    check_accepted(accept, unlabeled, raw / "imagesUn")
+    new = {case: files for case, files in unlabeled.items() if case in left}
+    with worker_pool(min(num_processes, len(new))) as pool:
+        report = check_unlabeled(pool, raw, plans, [configuration], dataset_json, unlabeled, new, accept)
+    report.require_sound("Nothing was labeled", raw / "imagesUn")

@@ -11,21 +11,22 @@ from pathlib import Path
 from nnunetv2 import paths
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
-from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.commands.interrupted_labels import RECORD, convert_series, finished_labels, start_or_resume
-from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, predict
-from nnunet_ssl.commands.trained_models import Model, further_models
+from nnunet_ssl.commands.labeling import (
+    DISAGREEMENT,
+    SCRATCH,
+    export,
+    load_predictors,
+    predict,
+    refuse_unsound,
+)
+from nnunet_ssl.commands.trained_models import Model, Network, plans_without_cascade, states_of, trained_models
 from nnunet_ssl.data.dataset_json import read_dataset_json
-from nnunet_ssl.data.preprocessed import load_plans
-from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
-from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans
-from nnunet_ssl.data.splits import read_fold, save_splits
+from nnunet_ssl.data.fold_scans import sort_folds
+from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.system.lock import locked
-from nnunet_ssl.system.pool import worker_pool
-from nnunet_ssl.training.checkpoints import read_checkpoint, require_trained_as
 
 
 def pseudo_label(
@@ -101,28 +102,14 @@ def pseudo_label(
         unlabeled = {case: list(map(Path, files)) for case, files in scans.items() if case not in cases}
         refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, accept)
         start_or_resume(unfinished, record, kept, len(scans), ending)
-        scans = {case: convert_series(case, files, unfinished, ending) for case, files in scans.items()}
+        scans = {case: convert_series(case, files, unfinished / "imagesTr", ending) for case, files in scans.items()}
         if remaining := {case: files for case, files in scans.items() if case in left}:
-            predict(remaining, unfinished, models, device, num_processes, mirroring, ignore_label)
+            predictors = load_predictors([Network(model) for model in models], device, mirroring)
+            predict(remaining, predictors, num_processes, export, lambda: (unfinished, ignore_label))
         scans = without_worst(scans, unfinished, drop_worst)
         publish(unfinished, folder, cases, entries, scans, dataset_json, origin)
     move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)  # only labels shall differ
     return folder
-
-
-def plans_without_cascade(preprocessed: Path, identifier: str, configuration: str) -> PlansManager:
-    """The plans; raises NotImplementedError where the configuration is a cascade."""
-    plans = load_plans(preprocessed, identifier, [configuration])
-    if plans.get_configuration(configuration).previous_stage_name is not None:
-        raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
-    return plans
-
-
-def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, int]]:
-    """Size and time of change of the models' files, all of which are read once: they are used after all checks."""
-    for model in models:
-        require_trained_as(model.file, read_checkpoint(model.file), configuration, model.fold)
-    return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
 
 
 def hidden(folder: Path) -> Path:
@@ -177,66 +164,6 @@ def require_free_id(number: int) -> None:
         raise FileExistsError(f"Dataset {number} exists already: {', '.join(datasets)}. Choose another -o.")
 
 
-def trained_models(
-    name: str,
-    configuration: str,
-    folds: Sequence[int | str],
-    trainers: Sequence[str],
-    plans_identifier: str,
-    checkpoint: str,
-    also: Sequence[Path],
-) -> list[Model]:
-    """The models of all trainers and folders, every fold of each.
-
-    Raises: FileNotFoundError, with the command that trains it, where one is missing; ValueError where a further folder
-        has other plans.
-    """
-    found = []
-    for trainer in trainers:
-        folder = Path(get_output_folder(name, trainer, plans_identifier, configuration))
-        for fold in folds:
-            found.append(Model(folder, fold, checkpoint))
-            if not found[-1].file.is_file():
-                command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
-                raise FileNotFoundError(f"{found[-1].file} is missing. Train the model first: {command}")
-    return found + further_models(also, found[0].folder, checkpoint, folds)
-
-
-def sort_folds(
-    name: str, folds: Sequence[int | str], cases: dict, dataset_json: dict
-) -> list[tuple[list[str], list[str], dict[str, list[str]]]]:
-    """What `sort_cases` finds for every fold; raises ValueError where a fold hides labels that another one knows."""
-    entries = [sort_cases(name, fold, cases, dataset_json) for fold in folds]
-    for fold, (_, _, scans) in zip(folds, entries, strict=True):
-        if scans.keys() != entries[0][2].keys():
-            raise ValueError(
-                f"Folds {folds[0]} and {fold} of {name} have different unlabeled cases: a model of the one has seen "
-                f"labels that the other one hides. Give folds with the same unlabeled cases."
-            )
-    return entries
-
-
-def refuse_unsound(
-    unlabeled: dict[str, list[Path]],
-    left: Collection[str],
-    raw: Path,
-    plans: PlansManager,
-    configuration: str,
-    dataset_json: dict,
-    num_processes: int,
-    accept: Collection[str],
-) -> None:
-    """Reads the scans of imagesUn that are left to label, before a model spends hours on some.
-
-    Raises: ValueError with a line per problem of scans that are not accepted as they are.
-    """
-    check_accepted(accept, unlabeled, raw / "imagesUn")
-    new = {case: files for case, files in unlabeled.items() if case in left}
-    with worker_pool(min(num_processes, len(new))) as pool:
-        report = check_unlabeled(pool, raw, plans, [configuration], dataset_json, unlabeled, new, accept)
-    report.require_sound("Nothing was labeled", raw / "imagesUn")
-
-
 def publish(
     unfinished: Path,
     folder: Path,
@@ -289,40 +216,3 @@ def dataset_entries(folder: Path, labeled: dict[str, dict], scans: dict[str, lis
     old = {c: {"images": relative(e["images"]), "label": relative([e["label"]])[0]} for c, e in labeled.items()}
     new = {c: {"images": relative(files), "label": f"labelsTr/{c}{ending}"} for c, files in scans.items()}
     return old | new
-
-
-def sort_cases(
-    name: str, fold: int | str, cases: dict, dataset_json: dict
-) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Labeled and validation cases of a fold, and its unlabeled scans with their image files, from both sources.
-
-    Args:
-        name: of the dataset.
-        fold: its number, or "all": every case of imagesTr is labeled then, none for validation.
-        cases: what nnU-Net finds in the raw dataset: per case its images and label.
-        dataset_json: of the raw dataset.
-    """
-    raw, splits = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
-    entry = {"train": list(cases), "val": []}
-    if fold != "all":
-        entry = read_fold(splits, fold)
-    missing = sorted({case for key in ("train", "val", "unlabeled") for case in entry.get(key, [])} - cases.keys())
-    if missing:
-        raise ValueError(f"Cases of fold {fold} in {splits} are not in {raw}: {', '.join(missing[:5])}.")
-    twice = sorted(set(entry.get("unlabeled", [])) & {*entry["train"], *entry["val"]})
-    if twice:
-        raise ValueError(f"{splits}: cases of fold {fold} are unlabeled and labeled at once: {', '.join(twice[:5])}.")
-    scans = {case: cases[case]["images"] for case in entry.get("unlabeled", [])}
-    own, others = unlabeled_scans(raw / "imagesUn", dataset_json)
-    reserved = reserved_names(raw, splits.parent, dataset_json, set())
-    problems = [no_scan(name, dataset_json["file_ending"]) for name in others]
-    problems += name_problems(own, f"rename or remove it in {raw / 'imagesUn'}", reserved)
-    if problems:
-        raise ValueError("Unlabeled scans need names of their own:\n  " + "\n  ".join(problems))
-    scans |= {case: [str(file) for file in files] for case, files in own.items()}
-    if not scans:
-        raise FileNotFoundError(
-            f"{name} has no unlabeled scans for fold {fold}: neither files in {raw / 'imagesUn'} nor an "
-            f'"unlabeled" list in {splits}.'
-        )
-    return entry["train"], entry["val"], dict(sorted(scans.items()))

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.system.files import read_json
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint, require_trained_as
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,23 @@ class Model:
     @property
     def file(self) -> Path:
         return self.folder / f"fold_{self.fold}" / self.checkpoint
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a model's checkpoint: "student", "teacher" or another one; None is the deployed one."""
+
+    model: Model
+    name: str | None = None
+
+
+def network_weights(checkpoint: dict) -> dict[str, dict[str, Tensor]]:
+    """Weights of a checkpoint's networks by name, the deployed one first; one of nnU-Net's own has a student alone."""
+    ours = checkpoint.get(CHECKPOINT_KEY)
+    if ours is None:
+        return {"student": checkpoint["network_weights"]}
+    deployed = {ours["inference_network"]: checkpoint["network_weights"]}
+    return deployed | {n: w for n, w in {"student": ours["student"], **ours["companions"]}.items() if n not in deployed}
 
 
 def trained_folds(folder: Path, checkpoint: str) -> list[int | str]:
@@ -52,3 +75,43 @@ def further_models(
             raise FileNotFoundError(f"{missing[0]} is missing. --also takes model folders.")
         found += models
     return found
+
+
+def trained_models(
+    name: str,
+    configuration: str,
+    folds: Sequence[int | str],
+    trainers: Sequence[str],
+    plans_identifier: str,
+    checkpoint: str,
+    also: Sequence[Path],
+) -> list[Model]:
+    """The models of all trainers and folders, every fold of each.
+
+    Raises: FileNotFoundError, with the command that trains it, where one is missing; ValueError where a further folder
+        has other plans.
+    """
+    found = []
+    for trainer in trainers:
+        folder = Path(get_output_folder(name, trainer, plans_identifier, configuration))
+        for fold in folds:
+            found.append(Model(folder, fold, checkpoint))
+            if not found[-1].file.is_file():
+                command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
+                raise FileNotFoundError(f"{found[-1].file} is missing. Train the model first: {command}")
+    return found + further_models(also, found[0].folder, checkpoint, folds)
+
+
+def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, int]]:
+    """Size and time of change of the models' files, all of which are read once: they are used after all checks."""
+    for model in models:
+        require_trained_as(model.file, read_checkpoint(model.file), configuration, model.fold)
+    return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
+
+
+def plans_without_cascade(preprocessed: Path, identifier: str, configuration: str) -> PlansManager:
+    """The plans; raises NotImplementedError where the configuration is a cascade."""
+    plans = load_plans(preprocessed, identifier, [configuration])
+    if plans.get_configuration(configuration).previous_stage_name is not None:
+        raise NotImplementedError(f"{configuration} is a cascade. Label the scans with 3d_fullres or 3d_lowres.")
+    return plans
