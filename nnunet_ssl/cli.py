@@ -72,6 +72,12 @@ def _add_accept(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accept", nargs="+", default=(), metavar="CASE", help=text)
 
 
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """Adds what lets several runs share the scans."""
+    parser.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
+
+
 # nnU-Net is imported inside the functions: it takes seconds, and `--help` should not
 
 
@@ -177,8 +183,7 @@ def _add_preprocess(commands) -> None:
     parser.add_argument("-p", dest="plans_identifier", default="nnUNetPlans", help="plans identifier")
     parser.add_argument("-i", dest="images", type=Path, help="folder with the scans (default: the dataset's imagesUn)")
     parser.add_argument("-np", dest="num_processes", type=int, default=4, help="processes (default: 4)")
-    parser.add_argument("-num_parts", type=int, default=1, help="runs that share the scans, started one by one")
-    parser.add_argument("-part_id", type=int, default=0, help="which of them this one is, from 0")
+    _add_parts(parser)
     _add_accept(parser)
 
 
@@ -202,6 +207,8 @@ def _add_pseudo_label(commands) -> None:
     parser.add_argument("--uncertain", choices=["keep", "ignore"], default="keep", help=text)
     text = "leave out so many scans, those on which the models disagree most"
     parser.add_argument("--drop-worst", type=int, default=0, metavar="N", help=text)
+    text = "folder of nnunet-ssl rank: its labels are taken, nothing is predicted, and -tr, -chk, --also have no effect"
+    parser.add_argument("--predictions", type=Path, metavar="OUT", help=text)
     _add_accept(parser)
     _add_prediction(parser)
 
@@ -222,6 +229,38 @@ def _pseudo_label(options) -> None:
         f"  nnUNetv2_preprocess -d {options.output_id} -plans_name {plans} -c {options.configuration}\n"
         f"  nnUNetv2_train {options.output_id} {options.configuration} {fold} -p {plans}"
     )
+
+
+def _add_rank(commands) -> None:
+    text = "Predict the unlabeled scans with every network of a model, and sort them by expected error, worst first."
+    parser = _command(commands, "rank", _rank, text)
+    parser.description += (
+        " It finds bad predictions. It is no proven active learning: MIC-DKFZ's nnActive found no method that reliably "
+        "beats a random choice that looks at the foreground."
+    )
+    _add_model(parser, folds="some")
+    parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer"], help="trainers of the models")
+    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the models")
+    text = "folder of scans, named as in imagesTr (default: the folds' unlabeled scans)"
+    parser.add_argument("-i", dest="images", type=Path, help=text)
+    text = "folder for rank.csv, the labels, and the label maps of every network; a begun one is continued"
+    parser.add_argument("-o", dest="output", type=Path, required=True, help=text)
+    text = "further model folders with the same plans and folds, as of other seeds"
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help=text)
+    text = "student, student_2, teacher, ...: networks of the checkpoints (default: all that segment)"
+    parser.add_argument("--network", dest="networks", nargs="+", default=[], help=text)
+    text = "name so many scans to annotate next: bad ones that do not look alike, and beside them a random choice"
+    parser.add_argument("--next", dest="number", type=int, default=0, metavar="N", help=text)
+    parser.add_argument("--seed", type=int, default=12345, help="of the random choice (default: 12345)")
+    _add_parts(parser)
+    _add_accept(parser)
+    _add_prediction(parser)
+
+
+def _rank(options) -> None:
+    from nnunet_ssl.commands.rank import rank
+
+    print("\n".join(rank(**_arguments(options))))
 
 
 def _add_start_from(commands) -> None:
@@ -471,8 +510,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunet-ssl {metadata.version('nnunet-ssl')}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     commands = parser.add_subparsers(dest="command", required=True)
-    first = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_start_from)
-    for add in (*first, _add_export, _add_evaluate, _add_preview, _add_compare, _add_report, _add_doctor, _add_demo):
+    before = (_add_trainers, _add_convert, _add_split, _add_preprocess, _add_pseudo_label, _add_rank, _add_start_from)
+    for add in (*before, _add_export, _add_evaluate, _add_preview, _add_compare, _add_report, _add_doctor, _add_demo):
         add(commands)
     return parser
 

@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,59 +14,13 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 from tqdm import tqdm
 
-from nnunet_ssl.blocks.networks import has_stages, unwrap, with_interpolation
-from nnunet_ssl.commands.trained_models import Network, network_weights
 from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
-from nnunet_ssl.system.quiet import quiet
-from nnunet_ssl.training.checkpoints import read_checkpoint
 
 SCRATCH, DISAGREEMENT = "predicting", "disagreement"  # folders of a run that is not finished
-
-
-def load_predictors(networks: Sequence[Network], device: str, mirroring: bool) -> list[nnUNetPredictor]:
-    """nnU-Net's predictors with the weights of networks, in their order.
-
-    Raises:
-        ValueError: a checkpoint has no such network, or one whose architecture is unknown.
-    """
-    predictors = []
-    for model, members in groupby(networks, key=lambda network: network.model):
-        names = [network.name for network in members]
-        weights = network_weights(read_checkpoint(model.file)) if names != [None] else {}
-        for name in names:
-            predictors.append(nnUNetPredictor(use_mirroring=mirroring, device=torch.device(device), allow_tqdm=False))
-            with quiet():  # nnU-Net says every file in which it looks for the trainer, and cites itself
-                predictors[-1].initialize_from_trained_model_folder(str(model.folder), (model.fold,), model.checkpoint)
-            if name is not None:
-                give_weights(predictors[-1], weights[name], f"{name} in {model.file}")
-    return predictors
-
-
-def give_weights(predictor: nnUNetPredictor, weights: dict[str, torch.Tensor], what: str) -> None:
-    """Makes a predictor one of another network of its checkpoint; `what` is that for the message.
-
-    Raises: NotImplementedError where the architecture is neither that of the deployed network nor the same one with
-        interpolation in its decoder.
-    """
-    shapes = {key: tensor.shape for key, tensor in weights.items()}
-    plain = unwrap(predictor.network)
-    candidates = [lambda: plain, *[lambda: with_interpolation(plain)] * has_stages(plain)]
-    network = next((n for n in (make() for make in candidates) if shapes == shapes_of(n)), None)
-    if network is None:
-        raise NotImplementedError(f"{what} has an architecture of its own. Name the others: --network student")
-    if network is not plain:
-        predictor.network = network  # not compiled
-    predictor.list_of_parameters = [weights]
-
-
-def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of the entries of a network's state."""
-    return {key: tensor.shape for key, tensor in network.state_dict().items()}
 
 
 def predict(

@@ -3,9 +3,9 @@
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from nnunetv2 import paths
@@ -27,7 +27,7 @@ from nnunet_ssl.data.preprocessed import (
 from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
 from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans, unpacked
 from nnunet_ssl.system.disk import say_full_disk
-from nnunet_ssl.system.lock import locked, refuse_if_held
+from nnunet_ssl.system.lock import check_part, locked_part, part_suffix
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
@@ -72,8 +72,7 @@ def preprocess_unlabeled(
             the reasons), or cases that other plans have preprocessed.
         RuntimeError: another run is at the same cases, a worker died, or a case could not be preprocessed.
     """
-    if not 0 <= part_id < num_parts:
-        raise ValueError(f"-part_id must be from 0 to {num_parts - 1} where -num_parts is {num_parts}, not {part_id}.")
+    check_part(part_id, num_parts)
     name = str(maybe_convert_to_dataset_name(dataset))
     raw, folder = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = load_plans(folder, plans_identifier, configurations)
@@ -117,15 +116,9 @@ def preprocess_unlabeled(
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")
 
 
-@contextmanager
-def only_run(target: Path, part_id: int, num_parts: int) -> Iterator[None]:
+def only_run(target: Path, part_id: int, num_parts: int) -> AbstractContextManager[None]:
     """No other run preprocesses into the folder during the block, but those that have other parts of as many."""
-    name = f".{temporary_folder(target, part_id, num_parts).name.removesuffix('.tmp')}.lock"
-    with locked(target.with_name(name), f"preprocessing scans into {target}"):
-        for other in target.parent.glob(f".{target.name}.*lock"):
-            if other.name != name and (num_parts == 1 or not other.name.endswith(f"of{num_parts}.lock")):
-                refuse_if_held(other)
-        yield
+    return locked_part(target, part_id, num_parts, f"preprocessing scans into {target}")
 
 
 def misnamed(
@@ -208,8 +201,7 @@ def write_cases(
 
 def temporary_folder(target: Path, part_id: int = 0, num_parts: int = 1) -> Path:
     """Where cases are written before they are moved; on the same disk, outside of what nnU-Net and the loader read."""
-    part = f".{part_id}of{num_parts}" if num_parts > 1 else ""
-    return target.with_name(f"{target.name}{part}.tmp")
+    return target.with_name(f"{target.name}{part_suffix(part_id, num_parts)}.tmp")
 
 
 def preprocess_case(

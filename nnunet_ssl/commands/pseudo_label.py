@@ -14,19 +14,15 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.commands.interrupted_labels import RECORD, convert_series, finished_labels, start_or_resume
-from nnunet_ssl.commands.labeling import (
-    DISAGREEMENT,
-    SCRATCH,
-    export,
-    load_predictors,
-    predict,
-    refuse_unsound,
-)
-from nnunet_ssl.commands.trained_models import Model, Network, plans_without_cascade, states_of, trained_models
+from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, export, predict, refuse_unsound
+from nnunet_ssl.commands.predictors import load_predictors
+from nnunet_ssl.commands.ranking_files import require_usable, take_labels
+from nnunet_ssl.commands.trained_models import Network, plans_without_cascade, states_of, trained_models
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.fold_scans import sort_folds
 from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.system.lock import locked
+from nnunet_ssl.system.pool import run_all
 
 
 def pseudo_label(
@@ -44,6 +40,7 @@ def pseudo_label(
     also: Sequence[Path] = (),
     uncertain: str = "keep",
     drop_worst: int = 0,
+    predictions: Path | None = None,
 ) -> Path:
     """Writes a raw dataset of the folds' labeled scans and of their unlabeled scans with predicted labels.
 
@@ -69,6 +66,8 @@ def pseudo_label(
         also: further model folders with the same plans and folds, as of other seeds.
         uncertain: "keep", or "ignore": voxels on which the models disagree get nnU-Net's ignore label.
         drop_worst: leaves out so many scans, those on which the models disagree most.
+        predictions: folder of `nnunet-ssl rank`, whose labels are taken. Nothing is predicted then, and trainers,
+            checkpoint, mirroring and further models are those of that command.
 
     Returns:
         Folder of the new dataset in nnUNet_raw.
@@ -83,15 +82,26 @@ def pseudo_label(
     raw, preprocessed = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = plans_without_cascade(preprocessed, plans_identifier, configuration)
     require_free_id(output_id)
-    models = trained_models(name, configuration, folds, trainers, plans_identifier, checkpoint, also)
-    dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
-    entries = sort_folds(name, folds, cases, dataset_json)
-    require_enough(models, scans := entries[0][2], uncertain, drop_worst)
-    dataset_json, ignore_label = with_ignore_label(dataset_json) if uncertain == "ignore" else (dataset_json, None)
+    dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     origin = {"dataset": name, "trainer": alone(trainers), "plans": plans_identifier, "configuration": configuration}
     origin |= {"fold": alone(folds), "checkpoint": checkpoint, "also": list(map(str, also)), "uncertain": uncertain}
-    record = json.dumps(origin | {"mirroring": mirroring, "files": states_of(models, configuration)})
+    if predictions is None:
+        models = trained_models(name, configuration, folds, trainers, plans_identifier, checkpoint, also)
+    entries = sort_folds(name, folds, cases, dataset_json)
+    scans = entries[0][2]
+    if predictions is None:
+        require_enough(len(models), scans, uncertain, drop_worst)
+        record = {"mirroring": mirroring, "files": states_of(models, configuration)}
+    else:
+        kind = {"dataset": name, "configuration": configuration, "plans": plans_identifier}
+        made = require_usable(predictions, kind, folds, scans)
+        require_enough(len(made["networks"]), scans, uncertain, drop_worst)
+        origin |= {"trainer": alone(made["trainers"]), "checkpoint": made["checkpoint"], "also": made["also"]}
+        origin |= {"networks": list(made["networks"])}
+        record = {"predictions": str(predictions.absolute()), **made}
+    record = json.dumps(origin | record)
+    dataset_json, ignore_label = with_ignore_label(dataset_json) if uncertain == "ignore" else (dataset_json, None)
     num_processes, ending = max(1, num_processes), dataset_json["file_ending"]
 
     folder = raw.with_name(f"Dataset{output_id:03d}_{name[11:]}PseudoLabels")
@@ -100,10 +110,15 @@ def pseudo_label(
         kept = finished_labels(unfinished, record, scans, ending)
         left = scans.keys() - kept
         unlabeled = {case: list(map(Path, files)) for case, files in scans.items() if case not in cases}
-        refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, accept)
+        if predictions is None:
+            refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, accept)
         start_or_resume(unfinished, record, kept, len(scans), ending)
         scans = {case: convert_series(case, files, unfinished / "imagesTr", ending) for case, files in scans.items()}
-        if remaining := {case: files for case, files in scans.items() if case in left}:
+        remaining = {case: files for case, files in scans.items() if case in left}
+        if predictions is not None:
+            how = (predictions, made, unfinished, ignore_label, plans, dataset_json)
+            run_all(None, take_labels, {case: (case, *how) for case in remaining}, "Taking labels", unit="scan")
+        elif remaining:
             predictors = load_predictors([Network(model) for model in models], device, mirroring)
             predict(remaining, predictors, num_processes, export, lambda: (unfinished, ignore_label))
         scans = without_worst(scans, unfinished, drop_worst)
@@ -122,9 +137,9 @@ def alone(values: Sequence) -> object:
     return values[0] if len(values) == 1 else list(values)
 
 
-def require_enough(models: Sequence[Model], scans: Collection[str], uncertain: str, drop_worst: int) -> None:
-    """Raises ValueError where one model cannot disagree, or where no scan would be left."""
-    if len(models) == 1 and (uncertain != "keep" or drop_worst):
+def require_enough(number: int, scans: Collection[str], uncertain: str, drop_worst: int) -> None:
+    """Raises ValueError where one model, their number, cannot disagree, or where no scan would be left."""
+    if number == 1 and (uncertain != "keep" or drop_worst):
         raise ValueError("One model does not disagree with itself: give several, with -f 0 1 2, -tr or --also.")
     if not 0 <= drop_worst < len(scans):
         raise ValueError(f"--drop-worst {drop_worst} leaves none of {len(scans)} unlabeled scans.")

@@ -109,6 +109,40 @@ def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, in
     return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
 
 
+def all_networks(
+    models: Sequence[Model], configuration: str, wanted: Sequence[str] = ()
+) -> dict[str, tuple[Network, int, int]]:
+    """The networks of models that segment, by names that tell them apart, with size and time of change of their file.
+
+    They are the deployed network of every model, first, and those that are called student or teacher. A name consists
+    of the trainer, the fold and the network, as far as not all are the same: "teacher", or "fold_1_student". Every
+    file is read once: it is used after all checks.
+
+    Args:
+        wanted: names of networks in the checkpoints; none: all that segment.
+
+    Raises:
+        ValueError: a checkpoint is damaged, of another configuration or fold, or has no such network.
+    """
+    found = []
+    for model in models:
+        checkpoint = read_checkpoint(model.file)
+        require_trained_as(model.file, checkpoint, configuration, model.fold)
+        names = [n for i, n in enumerate(network_weights(checkpoint)) if i == 0 or n.startswith(("student", "teacher"))]
+        if unknown := [name for name in wanted if name not in names]:
+            raise ValueError(f"{model.file} has no network {unknown[0]!r}; it has {', '.join(sorted(names))}.")
+        state = model.file.stat()
+        found += [(Network(model, name), state.st_size, state.st_mtime_ns) for name in wanted or names]
+    parts = [(n.model.folder.name.partition("__")[0], f"fold_{n.model.fold}", n.name) for n, _, _ in found]
+    differing = [any(part[i] != parts[0][i] for part in parts) for i in range(3)]
+    named = {}
+    for part, network in zip(parts, found, strict=True):
+        name = "_".join(p for p, differs in zip(part, differing, strict=True) if differs) or part[2]
+        number = next(i for i in range(1, len(found) + 1) if (name if i == 1 else f"{name}_seed_{i}") not in named)
+        named[name if number == 1 else f"{name}_seed_{number}"] = network
+    return named
+
+
 def plans_without_cascade(preprocessed: Path, identifier: str, configuration: str) -> PlansManager:
     """The plans; raises NotImplementedError where the configuration is a cascade."""
     plans = load_plans(preprocessed, identifier, [configuration])

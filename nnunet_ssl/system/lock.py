@@ -50,6 +50,28 @@ def locked(file: Path, doing: str) -> Iterator[None]:
             file.unlink()
 
 
+def check_part(part_id: int, num_parts: int) -> None:
+    """Raises ValueError where there is no such part of the work."""
+    if not 0 <= part_id < num_parts:
+        raise ValueError(f"-part_id must be from 0 to {num_parts - 1} where -num_parts is {num_parts}, not {part_id}.")
+
+
+def part_suffix(part_id: int, num_parts: int) -> str:
+    """What tells the files of a part from those of others; nothing where there is one part."""
+    return f".{part_id}of{num_parts}" if num_parts > 1 else ""
+
+
+@contextmanager
+def locked_part(target: Path, part_id: int, num_parts: int, doing: str) -> Iterator[None]:
+    """No other run works at `target` during the block, but those that have other parts of as many; see `locked`."""
+    file = target.with_name(f".{target.name}{part_suffix(part_id, num_parts)}.lock")
+    with locked(file, doing):
+        for other in target.parent.glob(f".{target.name}.*lock"):
+            if other.name != file.name and (num_parts == 1 or not other.name.endswith(f"of{num_parts}.lock")):
+                refuse_if_held(other)
+        yield
+
+
 def refuse_if_held(file: Path) -> None:
     """Raises RuntimeError, as `locked`, where another run holds the lock; removes a lock whose holder is gone."""
     noted = content(file)
