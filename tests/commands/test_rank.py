@@ -2,8 +2,12 @@
 
 import csv
 import json
+import queue
 import shutil
+import threading
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.networks import logits
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.predictors import load_predictors, pooled_bottleneck
+from nnunet_ssl.commands.ranking_files import choose_next, table, write_table
 from nnunet_ssl.commands.trained_models import Model, Network, all_networks
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
