@@ -159,21 +159,50 @@ def _check_convert(parser: argparse.ArgumentParser, options) -> None:
 
 
 def _add_split(commands) -> None:
-    parser = _command(
-        commands, "split", _split, "Hide labels of a fully labeled dataset: folds with train, val and unlabeled."
-    )
+    text = "Hide labels of a fully labeled dataset, or add new labels to a fold (--add)."
+    parser = _command(commands, "split", _split, text)
     parser.add_argument("-d", dest="dataset", required=True, help="dataset name or id")
-    parser.add_argument("--labeled", type=int, nargs="+", required=True, help="labeled cases, one fold per number")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--labeled", type=int, nargs="+", help="labeled cases, one fold per number")
+    text = (
+        "unlabeled scans whose labels are in labelsTr now: they become labeled ones of fold -f, without planning again"
+    )
+    what.add_argument("--add", nargs="+", metavar="CASE", help=text)
     parser.add_argument("--val", type=int, help="validation cases, the same in every fold (default: 20 %% of all)")
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--overwrite", action="store_true", help="replace splits_final.json (a backup is kept)")
+    parser.add_argument("-f", dest="fold", type=_fold, help="--add: the fold that gets the labels")
+    parser.add_argument("--new-fold", action="store_true", help="--add: leave -f as it is, and append a fold")
+    parser.add_argument("-np", dest="num_processes", type=int, default=3, help="--add: processes (default: 3)")
+    parser.set_defaults(check=_check_split)
 
 
 def _split(options) -> None:
+    if options.add:
+        from nnunet_ssl.commands.add_labels import add_labels
+
+        how = (options.dataset, options.add, options.fold, options.new_fold, options.num_processes)
+        number, fold = add_labels(*how)
+        counts = ", ".join(f"{len(fold.get(key, []))} {key}" for key in ("train", "val", "unlabeled"))
+        other = f" --model-fold {options.fold}" if number != options.fold else ""
+        print(
+            f"Fold {number} has {counts} now. A model of fold {options.fold} can be trained on with:\n  nnunet-ssl "
+            f"start-from -d {options.dataset} -c CONFIGURATION -f {number} -tr TRAINER --model MODEL{other}"
+        )
+        return
     from nnunet_ssl.commands.split import split_dataset
 
-    path = split_dataset(**_arguments(options))
+    how = (options.dataset, options.labeled, options.val, options.seed, options.overwrite)
+    path = split_dataset(*how)
     print(f"Wrote {counted(len(options.labeled), 'fold')} to {path}.")
+
+
+def _check_split(parser: argparse.ArgumentParser, options) -> None:
+    """Ends with the usage where an option is of the other kind of split."""
+    if options.add and (options.fold is None or options.val is not None or options.overwrite):
+        parser.error("--add needs -f, and neither --val nor --overwrite")
+    if options.labeled and (options.fold is not None or options.new_fold):
+        parser.error("-f and --new-fold are for --add")
 
 
 def _add_preprocess(commands) -> None:
@@ -270,6 +299,8 @@ def _add_start_from(commands) -> None:
     parser.add_argument("-tr", dest="trainer_name", required=True, help="trainer of the training, one of ours")
     parser.add_argument("--model", required=True, help="trainer of the model, as nnUNetTrainer, or a model folder")
     parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint of the model")
+    text = "fold of the model, where it is another one: its labeled cases must be among those of -f (default: -f)"
+    parser.add_argument("--model-fold", type=_fold, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a training that is there")
 
 

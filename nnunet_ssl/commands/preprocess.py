@@ -212,8 +212,11 @@ def preprocess_case(
     plans: PlansManager,
     configuration: ConfigurationManager,
     dataset_json: dict,
+    label: Path | None = None,
 ) -> None:
-    """Preprocess one scan with nnU-Net, into the folder `scratch`, and move its files into `target`.
+    """Preprocess one scan with nnU-Net, with its label file if there is one, and move its files into `target`.
+
+    They are written into the folder `scratch` first.
 
     Raises: OSError with the folder and the bytes where its disk is full; nothing of the scan stays then.
     """
@@ -222,7 +225,8 @@ def preprocess_case(
         with ExitStack() as stack:
             images = [str(stack.enter_context(unpacked(file, dataset_json["file_ending"]))) for file in files]
             stack.enter_context(say_full_disk(scratch, lambda: largest_size(images, plans, configuration)))
-            preprocessor.run_case_save(str(scratch / case), images, None, plans, configuration, dataset_json)
+            seg = None if label is None else str(label)
+            preprocessor.run_case_save(str(scratch / case), images, seg, plans, configuration, dataset_json)
         for suffix in FILES:
             os.replace(scratch / f"{case}{suffix}", target / f"{case}{suffix}")
     finally:

@@ -32,6 +32,7 @@ def start_from(
     plans_identifier: str = "nnUNetPlans",
     checkpoint: str = "checkpoint_final.pth",
     overwrite: bool = False,
+    model_fold: int | str | None = None,
 ) -> Path:
     """Writes a checkpoint from which `nnUNetv2_train ... --c` trains the semi-supervised phase of a method.
 
@@ -41,12 +42,14 @@ def start_from(
     Args:
         dataset: id or name of the dataset, which is preprocessed.
         configuration: as 3d_fullres.
-        fold: of the training, and of the model.
+        fold: of the training.
         trainer_name: one of ours.
         model: the trainer of a model of this dataset, or a model folder, with plans.json, dataset.json and the fold.
         plans_identifier: of the training; of the model where that is a trainer.
         checkpoint: of the model.
         overwrite: replace the checkpoints of a training that is there.
+        model_fold: of the model; None: the same. Its labeled cases must be among those of the training's fold, as after
+            `nnunet-ssl split --add`.
 
     Returns:
         The checkpoint that was written.
@@ -56,21 +59,21 @@ def start_from(
         FileExistsError: the fold has a training already.
         ValueError: the trainer is none of ours, or the model has other plans, labels, channels, weights or cases.
     """
-    name = str(maybe_convert_to_dataset_name(dataset))
+    name, model_fold = str(maybe_convert_to_dataset_name(dataset)), fold if model_fold is None else model_fold
     target = Path(get_output_folder(name, trainer_name, plans_identifier, configuration, fold))
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(get_output_folder(name, model, plans_identifier, configuration))
-    file = folder / f"fold_{fold}" / checkpoint
+    file = folder / f"fold_{model_fold}" / checkpoint
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. --model is a trainer, or the folder of a model with this fold.")
     if file.resolve().parent == target.resolve():
         raise ValueError(f"{file} is of the training itself. Give another --model.")
     state = read_checkpoint(file)
-    require_trained_as(file, state, configuration=state["init_args"]["configuration"], fold=fold)
+    require_trained_as(file, state, configuration=state["init_args"]["configuration"], fold=model_fold)
     preprocessed = Path(paths.nnUNet_preprocessed) / name
     require_same(file, state["init_args"], configuration, preprocessed, plans_identifier)
-    require_same_cases(file, fold, preprocessed, state["init_args"]["plans"]["dataset_name"])
+    require_known_cases(file, fold, model_fold, preprocessed, state["init_args"]["plans"]["dataset_name"])
     target.mkdir(parents=True, exist_ok=True)
     with only_training(str(target), 0):
         existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
@@ -152,12 +155,17 @@ def shortened(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
-def require_same_cases(file: Path, fold: int | str, preprocessed: Path, trained_on: str) -> None:
-    """Raises ValueError where the model's training cases are not those of the fold: it may have seen others' labels.
+def require_known_cases(
+    file: Path, fold: int | str, model_fold: int | str, preprocessed: Path, trained_on: str
+) -> None:
+    """Raises ValueError where the model was trained on cases that are not among those of the fold.
+
+    It has seen their labels, which the fold validates on or hides. Fewer cases are no harm.
 
     Args:
         file: the model's checkpoint.
-        fold: of the training and of the model.
+        fold: of the training.
+        model_fold: of the model.
         preprocessed: the dataset's folder in nnUNet_preprocessed.
         trained_on: name of the model's dataset.
     """
@@ -165,15 +173,17 @@ def require_same_cases(file: Path, fold: int | str, preprocessed: Path, trained_
     if fold == "all" and own == other:
         return
     train = []
-    for splits in (own, other):
+    for splits, number in ((own, fold), (other, model_fold)):
         folds = read_splits(splits)
-        if fold == "all" or fold >= len(folds):
-            raise ValueError(f"{file}: its training cases are not known, {splits} has no fold {fold}.")
-        train.append(set(folds[fold]["train"]))
-    if train[0] != train[1]:
+        if number == "all" or number >= len(folds):
+            raise ValueError(f"{file}: its training cases are not known, {splits} has no fold {number}.")
+        train.append(set(folds[number]["train"]))
+    if seen := train[1] - train[0]:
         raise ValueError(
             f"{file} was trained on other cases than fold {fold} of {own}, and may have seen labels that this fold "
-            f"must not know: {', '.join(sorted(train[1] - train[0])[:5]) or 'fewer cases'}."
+            f"must not know: {', '.join(sorted(seen)[:5])}."
         )
-    if own.stat().st_mtime > file.stat().st_mtime:
-        print(f"WARNING: {own} is newer than {file}: see that fold {fold} had the same cases when it was trained.")
+    if other.stat().st_mtime > file.stat().st_mtime:
+        print(
+            f"WARNING: {other} is newer than {file}: see that fold {model_fold} had no other cases when it was trained."
+        )

@@ -126,6 +126,29 @@ def finished_cases(target: Path) -> set[str]:
     return {case for case in cases if names.issuperset(case + suffix for suffix in FILES)}
 
 
+def labeled_folders(folder: Path) -> dict[Path, tuple[PlansManager, str]]:
+    """The folders with preprocessed labeled cases, with plans and a configuration that they were made with.
+
+    Raises: FileNotFoundError where there is none.
+    """
+    targets = {}
+    for file in sorted(folder.glob("*.json")):
+        content = read_json(file)
+        if not isinstance(content, dict) or not isinstance(content.get("configurations"), dict):
+            continue
+        plans = PlansManager(content)
+        for name in plans.available_configurations:
+            target = folder / plans.get_configuration(name).data_identifier
+            if finished_cases(target):
+                targets.setdefault(target, (plans, name))
+    if not targets:
+        raise FileNotFoundError(
+            f"{folder} has no preprocessed cases. Plan and preprocess the labeled scans first: "
+            f"nnUNetv2_plan_and_preprocess -d {folder.name[7:10]}"
+        )
+    return targets
+
+
 def find_unlabeled(dataset_folder: Path, data_identifier: str, fold_cases: Sequence[str]) -> dict[str, Path]:
     """Preprocessed images of all unlabeled cases of a fold: `imagesUn` and the fold's own "unlabeled" list.
 

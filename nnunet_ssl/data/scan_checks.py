@@ -217,14 +217,16 @@ def file_errors(case: str, files: Sequence[Path], number: int, read: int, expect
     return []
 
 
-def geometry_errors(geometries: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines for files whose `geometry` differs from that of the first one."""
+def geometry_errors(geometries: dict[str, dict[str, Any]], rtol: float = 1e-5, atol: float = 1e-8) -> list[str]:
+    """Lines for files whose `geometry` differs from that of the first one.
+
+    The tolerances are those of allclose, whose defaults nnU-Net's readers compare channels with.
+    """
     errors = []
     for name, other in list(geometries.items())[1:]:
         first_name, first = next(iter(geometries.items()))
         for key, value in first.items():
-            # allclose with its defaults is what nnU-Net's readers compare with
-            if np.shape(value) != np.shape(other[key]) or not np.allclose(value, other[key]):
+            if np.shape(value) != np.shape(other[key]) or not np.allclose(value, other[key], rtol, atol):
                 errors.append(f"{name}: {key} {as_text(other[key])} differs from {as_text(value)} of {first_name}")
     return errors
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nnunet_ssl.system.files import read_json, replacing
@@ -80,6 +81,40 @@ def save_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool =
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def move_to_train(folds: list[dict], fold: int, cases: Collection[str], own: Sequence[str], new_fold: bool) -> int:
+    """Changes the lists of folds, and returns the number of the fold with the new labels.
+
+    Args:
+        folds: of splits_final.json; changed in place.
+        fold: that the labels are for.
+        cases: all new labeled ones.
+        own: those from imagesUn, which every fold has used; the others go on with them as unlabeled ones.
+        new_fold: append one, where no fold is like it already, in place of a change.
+    """
+    unlabeled = [case for case in folds[fold].get("unlabeled", []) if case not in cases]
+    labeled = folds[fold] | {"train": sorted({*folds[fold]["train"], *cases})}
+    if unlabeled or "unlabeled" in folds[fold]:
+        labeled["unlabeled"] = unlabeled
+    others = [entry for number, entry in enumerate(folds) if new_fold or number != fold]
+    for entry in others:
+        listed = {case for value in entry.values() if isinstance(value, list) for case in value}
+        if new := [case for case in own if case not in listed]:
+            entry["unlabeled"] = [*entry.get("unlabeled", []), *new]
+    if not new_fold:
+        folds[fold] = labeled
+        return fold
+    alike = [n for n, e in enumerate(folds) if n != fold and as_sets(e) == as_sets(labeled)]
+    if alike:  # of an interrupted run
+        return alike[0]
+    folds.append(labeled)
+    return len(folds) - 1
+
+
+def as_sets(fold: dict[str, list[str]]) -> dict[str, set[str]]:
+    """The lists of a fold, whose order does not count; an empty one is as none."""
+    return {key: set(value) for key, value in fold.items() if value}
 
 
 def _to_text(folds: list[dict[str, list[str]]]) -> str:
