@@ -24,7 +24,7 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.networks import logits
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.predictors import load_predictors, pooled_bottleneck
-from nnunet_ssl.commands.ranking_files import choose_next, table, write_table
+from nnunet_ssl.commands.ranking_files import table, write_table
 from nnunet_ssl.commands.trained_models import Model, Network, all_networks
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
@@ -321,7 +321,8 @@ def test_a_folder_of_2d_scans_with_two_channels_regions_and_an_ignore_label(tmp_
     trainer = make_trainer(nnUNetTrainer, folder, "2d")
     trainer.initialize()
     for name in ("plans.json", "dataset.json"):
-        shutil.copy(folder / name.replace("plans", "nnUNetPlans"), trainer.output_folder_base)
+        source = folder / name.replace("plans", "nnUNetPlans")
+        shutil.copy(source, Path(trainer.output_folder_base) / name)
     Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     output = tmp_path / "out"
@@ -340,9 +341,7 @@ def test_a_folder_of_2d_scans_with_two_channels_regions_and_an_ignore_label(tmp_
     assert json.loads((output / "settings.json").read_text())["classes"] == {"whole": [1, 2], "core": [2]}
 
 
-def test_a_network_of_another_decoder_is_loaded_and_its_features_are_of_the_last_scan(
-    tiny_dataset, tmp_path, monkeypatch
-):
+def test_another_decoder_is_loaded_and_features_are_of_the_last_scan(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     seed()
     trainer = make_trainer(nnUNetTrainerCoLearning, tiny_dataset, num_epochs=1, num_iterations_per_epoch=1)
@@ -354,10 +353,10 @@ def test_a_network_of_another_decoder_is_loaded_and_its_features_are_of_the_last
     predictors = load_predictors(networks, "cpu", mirroring=False)
     patch = torch.randn(1, 16, 16, 16)
     for predictor, network in zip(predictors, trainer.segmenting_networks().values(), strict=True):
-        expected = logits(network.eval(), patch[None])[0]
-        torch.testing.assert_close(
-            predictor.predict_logits_from_preprocessed_data(patch).float(), expected, atol=1e-2, rtol=1e-2
-        )
+        inner = (slice(None), *[slice(4, 12)] * 3)  # in the corners the weight of a window is next to nothing
+        expected = logits(network.eval(), patch[None])[0][inner]
+        found = predictor.predict_logits_from_preprocessed_data(patch).float()[inner]  # in half precision
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
     with pooled_bottleneck(predictors[0]) as features:
         predictors[0].predict_logits_from_preprocessed_data(torch.zeros(1, 16, 16, 16))
         features()
@@ -379,21 +378,19 @@ def test_names_tell_folds_trainers_and_seeds_apart(model, tmp_path):
     assert [*all_networks(models, "3d_fullres", ["student"])] == ["nnUNetTrainerM3HL", "nnUNetTrainerX"]
 
 
-@pytest.mark.slow
-def test_the_tables_of_ten_thousand_scans_need_little_memory(tmp_path):
-    rng, number = np.random.default_rng(0), 10_000
+def test_the_table_of_many_scans_needs_little_memory(tmp_path):
+    rng, number = np.random.default_rng(0), 1000
     cases = [f"scan_{i:05d}" for i in range(number)]
     (tmp_path / "measured").mkdir()
+    features = rng.random(320).round(4).tolist()
     for case in cases:
         own = dict(zip(("disagreement", "disagreement_a", "entropy_a", "volume_ml_a"), rng.random(4), strict=True))
-        content = {"row": {**own, "components": 1, "missing": []}, "features": rng.random(320).round(4).tolist()}
+        content = {"row": {**own, "components": 1, "missing": []}, "features": features}
         (tmp_path / "measured" / f"{case}.json").write_text(json.dumps(content))
     tracemalloc.start()
     found = table(tmp_path, cases)
     write_table(tmp_path / "rank.csv", found, ["a"])
-    lines = choose_next(tmp_path, found, 5, 0)
-    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows(tmp_path)) == number
-    assert len(lines) == 4
-    assert peak < 120  # MB; features alone are 12, and 25 more for distances
+    assert peak < 4000 * number  # bytes; the features alone would be 10,000 a scan
