@@ -104,9 +104,12 @@ def find_additions(cases: Sequence[str], raw: Path, dataset_json: dict, folds: l
     known = get_filenames_of_train_images_and_targets(str(raw))
     own, _ = unlabeled_scans(raw / "imagesUn", dataset_json)
     found, problems = [], []
+    train = set(folds[fold]["train"])
+    interrupted = any(case in own and case in train for case in cases)  # a run that had its split written
     for case in cases:
         lists = [key for key in ("train", "val", "test") if case in folds[fold].get(key, [])]
-        # in imagesUn and in train: an interrupted run, which goes on
+        if interrupted and lists == ["train"] and case not in own:
+            continue  # of that run, and done
         if lists and not (lists == ["train"] and case in own):
             kinds = {"train": "labeled already", "val": "for validation", "test": "for testing"}
             problems.append(f"{case}: {' and '.join(kinds[key] for key in lists)} in fold {fold}")

@@ -133,15 +133,19 @@ def test_a_hidden_label_needs_no_preprocessing_unless_it_was_corrected(folder, m
 STEPS = ["preprocess_labeled", "publish_labels", "copy", "note_cases", "save_splits", "take_away"]
 
 
-@pytest.mark.parametrize("new_fold", [False, True], ids=["fold", "new fold"])
-def test_a_run_that_was_killed_anywhere_is_repeated(new_fold, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("new_fold", "steps"), [(False, STEPS), (True, ["save_splits", "take_away"])], ids=["fold", "new fold"]
+)
+def test_a_run_that_was_killed_anywhere_is_repeated(new_fold, steps, folder, tmp_path, monkeypatch):
     arguments = ("701", ["unlabeled_000", "case_003"], 0, new_fold, 1)
+    for name in ("nnUNetPlans_2d", "nnUNetPlans_2d_unlabeled"):
+        shutil.rmtree(folder / name)
     before = tmp_path / "before"
     shutil.copytree(tmp_path / "raw", before / "raw")
     shutil.copytree(tmp_path / "preprocessed", before / "preprocessed")
     expected_number, expected_fold = add_labels(*arguments)
     expected = {kind: content(tmp_path / kind) for kind in ("raw", "preprocessed")}
-    for step in STEPS:
+    for step in steps:
         for kind in expected:
             shutil.rmtree(tmp_path / kind)
             shutil.copytree(before / kind, tmp_path / kind)
@@ -245,7 +249,7 @@ REFUSED = {
         lambda f: (f / "splits_final.json").unlink(),
         [NEW],
         "0",
-        "there is no fold yet. A training makes it",
+        "there is no fold yet. A training, or nnunet-ssl split, makes it.",
     ),
     "not preprocessed": (
         lambda f: [shutil.rmtree(f / target) for target in IDENTIFIERS],
@@ -298,9 +302,16 @@ def test_a_label_may_have_the_ignore_label_and_parts_of_regions(folder):
 
 
 @pytest.mark.parametrize(
-    "line", ["--add a", "--add a -f 0 --val 3", "--labeled 2 --new-fold", "--labeled 2 --add a", ""]
+    ("line", "words"),
+    [
+        ("--add a", "--add needs -f, and neither --val nor --overwrite"),
+        ("--add a -f 0 --val 3", "--add needs -f, and neither --val nor --overwrite"),
+        ("--labeled 2 --new-fold", "-f and --new-fold are for --add"),
+        ("--labeled 2 --add a", "not allowed with argument"),
+        ("", "one of the arguments --labeled --add is required"),
+    ],
 )
-def test_options_of_the_other_kind_end_with_the_usage(line, capsys):
+def test_options_of_the_other_kind_end_with_the_usage(line, words, capsys):
     with pytest.raises(SystemExit):
         main(["split", "-d", "701", *line.split()])
-    assert "usage: nnunet-ssl split" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
