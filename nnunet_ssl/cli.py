@@ -265,7 +265,7 @@ def _add_rank(commands) -> None:
     parser = _command(commands, "rank", _rank, text)
     parser.description += (
         " It finds bad predictions. It is no proven active learning: MIC-DKFZ's nnActive found no method that reliably "
-        "beats a random choice that looks at the foreground."
+        "beats a random choice that looks at the foreground, and what did so since chooses patches, not whole scans."
     )
     _add_model(parser, folds="some")
     parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer"], help="trainers of the models")

@@ -125,7 +125,7 @@ def choose_next(output: Path, rows: Sequence[dict], number: int, seed: int) -> l
         f"To annotate next: {' '.join(rows[index]['case'] for index in chosen)}",
         f"A random choice (seed {seed}) would be: {' '.join(by_chance)}",
         *without,
-        f"Both are in {output / NEXT}. That ranked scans teach a network more than random ones was never shown.",
+        f"Both are in {output / NEXT}. That they teach a network more than the random ones is not proven.",
     ]
 
 

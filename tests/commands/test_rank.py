@@ -172,7 +172,7 @@ def test_the_scans_to_annotate_next_are_named_beside_a_random_choice(ranked):
     assert [row["random_case"] for row in chosen] == list(expected)
     assert f"To annotate next: {' '.join(row['case'] for row in chosen)}" in printed
     assert f"A random choice (seed 12345) would be: {' '.join(expected)}" in printed
-    assert "was never shown" in printed
+    assert "is not proven" in printed
 
 
 def counting(monkeypatch, stop_at=None):
