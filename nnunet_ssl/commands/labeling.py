@@ -16,7 +16,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
+from nnunet_ssl.data.plausibility import expected_scans
+from nnunet_ssl.data.scan_checks import check_accepted, check_scans, check_unlabeled
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
 
@@ -195,3 +196,21 @@ def refuse_unsound(
     with worker_pool(min(num_processes, len(new))) as pool:
         report = check_unlabeled(pool, raw, plans, [configuration], dataset_json, unlabeled, new, accept)
     report.require_sound("Nothing was labeled", raw / "imagesUn")
+
+
+def refuse_unsound_folder(
+    scans: dict[str, list[Path]],
+    left: Collection[str],
+    images: Path,
+    plans: PlansManager,
+    configuration: str,
+    dataset_json: dict,
+    num_processes: int,
+    accept: Collection[str],
+) -> None:
+    """Reads the scans of a folder that are left, before a model spends hours on some; as `refuse_unsound`."""
+    check_accepted(accept, scans, images)
+    expected = expected_scans(plans, {configuration: plans.get_configuration(configuration)}, dataset_json)
+    new = {case: files for case, files in scans.items() if case in left}
+    with worker_pool(min(num_processes, len(new))) as pool:
+        check_scans(pool, new, {}, expected, accept).require_sound("Nothing was predicted", images)

@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.commands.evaluate import label_values
@@ -43,6 +42,7 @@ from nnunet_ssl.commands.labeling import (
     mean_probabilities,
     predict,
     refuse_unsound,
+    refuse_unsound_folder,
     write_labels,
 )
 from nnunet_ssl.commands.predictors import load_predictors, pooled_bottleneck
@@ -61,16 +61,16 @@ from nnunet_ssl.commands.ranking_files import (
     table,
     write_table,
 )
-from nnunet_ssl.commands.trained_models import all_networks, plans_without_cascade, trained_models
+from nnunet_ssl.commands.trained_models import Network, all_networks, plans_without_cascade, trained_models
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.fold_scans import sort_folds
-from nnunet_ssl.data.plausibility import expected_scans
-from nnunet_ssl.data.scan_checks import check_accepted, check_scans
 from nnunet_ssl.data.scans import no_scan, unlabeled_scans
+from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.lock import check_part, locked_part
-from nnunet_ssl.system.pool import worker_pool
 from nnunet_ssl.system.wording import counted
+
+Files = dict[str, list[Path]]
 
 
 def rank(
@@ -127,49 +127,37 @@ def rank(
         NotImplementedError: a cascade, or a network of an architecture of its own.
     """
     check_part(part_id, num_parts)
+    require_device(device)
     name, output = str(maybe_convert_to_dataset_name(dataset)), Path(output)
     raw = Path(paths.nnUNet_raw) / name
     plans = plans_without_cascade(Path(paths.nnUNet_preprocessed) / name, plans_identifier, configuration)
     models = trained_models(name, configuration, folds, trainers, plans_identifier, checkpoint, also)
+    if (around := Path(images or raw / "imagesUn")).resolve() in output.resolve().parents:
+        raise ValueError(f"-o {output} is in the folder of the scans. Choose one outside of {around}.")
     dataset_json = read_dataset_json(models[0].folder / "dataset.json", "channel_names", "labels", "file_ending")
-    if images is None:
-        scans, cases = scans_of_folds(name, folds, raw)
-    else:
-        scans, cases = scans_of_folder(Path(images), output, dataset_json), {}
+    scans, to_check = scans_of_folder(images, dataset_json) if images else scans_of_folds(name, folds, raw)
     if not 0 <= number <= len(scans):
         raise ValueError(f"--next {number}: there are {counted(len(scans), 'scan')} to choose from.")
     found = all_networks(models, configuration, networks)
     origin = {"dataset": name, "configuration": configuration, "plans": plans_identifier, "folds": list(folds)}
     origin |= {"trainers": list(trainers), "also": list(map(str, also)), "checkpoint": checkpoint}
-    origin |= {"mirroring": mirroring, "scans": "unlabeled" if images is None else str(Path(images).absolute())}
+    origin |= {"mirroring": mirroring, "scans": str(images.absolute()) if images else "unlabeled"}
     origin |= {"classes": label_values(dataset_json)[0], "file_ending": dataset_json["file_ending"]}
-    details = {n: (str(each.model.file), each.name, size, time) for n, (each, size, time) in found.items()}
-    origin["networks"] = {
-        n: dict(zip(("file", "network", "size", "changed_ns"), d, strict=True)) for n, d in details.items()
-    }
+    origin["networks"] = {n: described(*network) for n, network in found.items()}
     require_same_settings(output, origin)
     share = dict(list(scans.items())[part_id::num_parts])
-    ending = dataset_json["file_ending"]
     left = share.keys() - finished(output, origin, share)
-    if images is None:
-        unlabeled = {case: list(map(Path, files)) for case, files in share.items() if case not in cases}
-        check_accepted(accept, scans, raw / "imagesUn")
-        own = [case for case in accept if case in unlabeled]
-        refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, own)
-    else:
-        refuse_unsound_folder(Path(images), scans, left, plans, configuration, dataset_json, num_processes, accept)
+    refuse = refuse_unsound_folder if images else refuse_unsound
+    refuse(to_check, left, images or raw, plans, configuration, dataset_json, num_processes, accept)
     output.mkdir(parents=True, exist_ok=True)
     with locked_part(output / "rank", part_id, num_parts, f"ranking scans in {output}"):
         start_or_continue(output, origin)
-        left = [case for case in share if case not in finished(output, origin, share)]  # perhaps fewer meanwhile
+        left = share.keys() - finished(output, origin, share)  # perhaps fewer meanwhile
         if len(left) < len(share):
             print(f"Kept: {len(share) - len(left)} of {counted(len(share), 'scan')}.")
         if left:
-            remaining = {case: convert_series(case, share[case], output / IMAGES, ending) for case in left}
-            predictors = load_predictors([network for network, _, _ in found.values()], device, mirroring)
-            with pooled_bottleneck(predictors[0]) as features:
-                names = list(found)
-                predict(remaining, predictors, max(1, num_processes), measure_scan, lambda: (output, names, features()))
+            remaining = {case: files for case, files in share.items() if case in left}
+            predict_and_measure(remaining, output, found, dataset_json["file_ending"], device, num_processes, mirroring)
     missing = scans.keys() - finished(output, origin, scans)
     if missing:
         others = counted(len(missing), "scan is", "scans are")
@@ -181,46 +169,47 @@ def rank(
     return lines + (choose_next(output, rows, number, seed) if number else [])
 
 
-def scans_of_folds(name: str, folds: Sequence[int | str], raw: Path) -> tuple[dict[str, list[str]], dict]:
-    """The unlabeled scans of folds with their files, and nnU-Net's labeled cases, some of which are among them."""
+def described(network: Network, size: int, changed_ns: int) -> dict[str, object]:
+    """What settings.json says of a network."""
+    return {"file": str(network.model.file), "network": network.name, "size": size, "changed_ns": changed_ns}
+
+
+def predict_and_measure(
+    scans: dict[str, list[str]],
+    output: Path,
+    found: dict[str, tuple[Network, int, int]],
+    ending: str,
+    device: str,
+    num_processes: int,
+    mirroring: bool,
+) -> None:
+    """Predicts scans with all networks, behind a progress bar; each is written when it is done."""
+    scans = {case: convert_series(case, files, output / IMAGES, ending) for case, files in scans.items()}
+    predictors, names = load_predictors([network for network, _, _ in found.values()], device, mirroring), list(found)
+    with pooled_bottleneck(predictors[0]) as features:
+        predict(scans, predictors, max(1, num_processes), measure_scan, lambda: (output, names, features()))
+
+
+def scans_of_folds(name: str, folds: Sequence[int | str], raw: Path) -> tuple[dict[str, list[str]], Files]:
+    """The unlabeled scans of folds with their files, and those of imagesUn, which no nnU-Net has checked."""
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "file_ending")
     cases = get_filenames_of_train_images_and_targets(str(raw))
-    return sort_folds(name, folds, cases, dataset_json)[0][2], cases
+    scans = sort_folds(name, folds, cases, dataset_json)[0][2]
+    return scans, {case: list(map(Path, files)) for case, files in scans.items() if case not in cases}
 
 
-def scans_of_folder(images: Path, output: Path, dataset_json: dict) -> dict[str, list[str]]:
-    """The scans of any folder with their files.
+def scans_of_folder(images: Path, dataset_json: dict) -> tuple[dict[str, list[str]], Files]:
+    """The scans of any folder with their files, twice.
 
-    Raises: FileNotFoundError without any; ValueError where it has other files, or is around the output.
+    Raises: FileNotFoundError without any; ValueError where it has other files.
     """
-    existing_folder(images)
-    if images.resolve() in output.resolve().parents:
-        raise ValueError(f"-o {output} is in the folder of the scans. Choose one outside of {images}.")
-    scans, others = unlabeled_scans(images, dataset_json)
+    scans, others = unlabeled_scans(existing_folder(images), dataset_json)
     ending = dataset_json["file_ending"]
     if others:
         raise ValueError(f"Problems in {images}:\n  " + "\n  ".join(no_scan(file, ending) for file in others))
     if not scans:
         raise FileNotFoundError(f"{images} has no scans, as CASE_0000{ending}.")
-    return {case: list(map(str, files)) for case, files in scans.items()}
-
-
-def refuse_unsound_folder(
-    images: Path,
-    scans: dict[str, list[str]],
-    left: Collection[str],
-    plans: PlansManager,
-    configuration: str,
-    dataset_json: dict,
-    num_processes: int,
-    accept: Collection[str],
-) -> None:
-    """Reads the scans of a folder that are left, before a model spends hours on some; as `refuse_unsound`."""
-    check_accepted(accept, scans, images)
-    expected = expected_scans(plans, {configuration: plans.get_configuration(configuration)}, dataset_json)
-    new = {case: list(map(Path, files)) for case, files in scans.items() if case in left}
-    with worker_pool(min(num_processes, len(new))) as pool:
-        check_scans(pool, new, {}, expected, accept).require_sound("Nothing was predicted", images)
+    return {case: list(map(str, files)) for case, files in scans.items()}, scans
 
 
 def measure_scan(

@@ -184,7 +184,7 @@ def test_near_duplicates_are_not_chosen_together():
 
 
 def test_a_clearly_worse_scan_is_chosen_though_others_are_farther():
-    features = np.array([[0.0], [10.0], [20.0], [21.0]])  # 0 and 20 to 21 are farther apart than usual scans
-    assert choose([1.0, 0.9, 0.2, 0.1], features, 3)[0] == [0, 1, 2]
+    features = np.array([[0.0], [10.0], [20.0], [21.0]])  # 0 and 20 are farther apart than usual scans, 0 and 10 nearer
+    assert choose([1.0, 0.8, 0.6, 0.1], features, 3)[0] == [0, 1, 2]
     assert choose([1.0, 0.9, 0.8, 0.7], None, 3) == ([0, 1, 2], [np.inf] * 3)
     assert choose([1.0, 0.5], np.zeros((2, 4)), 2)[0] == [0, 1]  # where all are alike, the worst
