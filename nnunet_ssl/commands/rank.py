@@ -32,7 +32,9 @@ from pathlib import Path
 import numpy as np
 from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from torch import Tensor
 
 from nnunet_ssl.commands.evaluate import label_values
 from nnunet_ssl.commands.interrupted_labels import convert_series
@@ -234,12 +236,16 @@ def measure_scan(
     shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted run has left
     labels, each = label_maps(logits, properties, configuration, plans, dataset_json)
     manager, (classes, _) = plans.get_label_manager(dataset_json), label_values(dataset_json)
-    probabilities = mean_probabilities(logits, manager)
-    if not manager.has_regions:
-        probabilities = probabilities[[value for (value,) in classes.values()]]
+    probabilities = of_classes(mean_probabilities(logits, manager), manager, classes)
     row = measure(labels, each, probabilities, classes, properties["spacing"])
     for folder, own in [*zip((f"{NETWORKS}/{name}" for name in names), each, strict=True), (LABELS, labels)]:
         write_labels(case, own, properties, plans, dataset_json, output / folder, scratch)
     scratch.rmdir()
     with replacing(output / MEASURED / f"{case}.json") as temporary:
         temporary.write_text(json.dumps({"row": row, "features": features}))
+
+
+def of_classes(probabilities: Tensor, manager: LabelManager, classes: dict[str, tuple[int, ...]]) -> Tensor:
+    """The channels of a network's probabilities (channels, *spatial) that are foreground, in the order of `classes`."""
+    # of regions dataset.json has the channels in this order, of labels their values are the channels
+    return probabilities if manager.has_regions else probabilities[[value for (value,) in classes.values()]]

@@ -17,13 +17,16 @@ from nnunetv2 import paths
 from nnunetv2.inference import data_iterators
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tiny import make_raw_dataset, plan
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.networks import logits
 from nnunet_ssl.cli import main
+from nnunet_ssl.commands.evaluate import label_values
 from nnunet_ssl.commands.predictors import load_predictors, pooled_bottleneck
+from nnunet_ssl.commands.rank import of_classes
 from nnunet_ssl.commands.ranking_files import table, write_table
 from nnunet_ssl.commands.trained_models import Model, Network, all_networks
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
@@ -394,3 +397,15 @@ def test_the_table_of_many_scans_needs_little_memory(tmp_path):
     tracemalloc.stop()
     assert len(rows(tmp_path)) == number
     assert peak < 4000 * number  # bytes; the features alone would be 10,000 a scan
+
+
+def test_every_class_has_its_own_channel():
+    labels = {"background": 0, "b": 2, "a": 1, "ignore": 3}  # not in the order of their values
+    values = torch.arange(3.0)[:, None]
+    classes, _ = label_values({"labels": labels})
+    found = of_classes(values, LabelManager(labels, None), classes)
+    assert dict(zip(classes, found[:, 0], strict=True)) == {"b": 2, "a": 1}
+    labels = {"background": 0, "core": 2, "whole": [1, 2], "ignore": 3}
+    classes, _ = label_values({"labels": labels})
+    found = of_classes(values[:2], LabelManager(labels, [2, 1]), classes)
+    assert dict(zip(classes, found[:, 0], strict=True)) == {"core": 0, "whole": 1}
