@@ -91,8 +91,11 @@ def report(errors: np.ndarray, columns: dict[str, np.ndarray], worst: int) -> st
     ]
     for name, values in columns.items():
         rho, low, high = correlation(values, errors)
-        figures = "constant" if np.isnan(rho) else f"{rho:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"| {name} | {figures} | {found_among_first(values, errors, worst)} |")
+        if np.isnan(rho):
+            lines.append(f"| {name} | the same for all scans | |")
+            continue
+        found = found_among_first(values, errors, worst)
+        lines.append(f"| {name} | {rho:.2f} ({low:.2f} to {high:.2f}) | {found} |")
     chance = worst**2 / len(errors)
     lines.append(f"| chance | 0 | {chance:.1f} |")
     dice = 100 * (1 - errors)
