@@ -167,7 +167,8 @@ def test_every_trainer_is_predicted_evaluated_and_listed(trained, fake, capsys):
 @pytest.mark.pictures
 def test_the_page_of_a_comparison_stands_alone_and_escapes_what_it_quotes(tmp_path):
     cases = {name: {f"{name}<i>": dict.fromkeys(METRICS, 0.5) | {"Dice": d}} for name, d in (("a", 0.25), ("b", 0.75))}
-    values = {"One": cases["a"] | cases["b"], "Two": {}, "Three": cases["b"]}
+    cases["0"] = {"0<i>": dict.fromkeys(METRICS, np.nan)}  # neither in the reference nor in the prediction
+    values = {"One": cases["0"] | cases["a"] | cases["b"], "Two": {}, "Three": cases["b"]}
     rows = make_rows(values, {"Two": "RuntimeError: <b>no memory</b>"})
     dice = {name: {case: m["Dice"] for case, m in own.items()} for name, own in values.items() if own}
     page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows, "two-sided <u>test</u>", dice)
@@ -177,7 +178,7 @@ def test_the_page_of_a_comparison_stands_alone_and_escapes_what_it_quotes(tmp_pa
     table, every = page.texts["table"], page.texts["cases"]
     for text in ("One 50.00 ± 35.36", "Two failed: RuntimeError: <b>no memory</b>", "two-sided <u>test</u>"):
         assert text in table
-    assert every.endswith("a<i> 25.0 b<i> 75.0 75.0")  # worst first, empty where a trainer has none
+    assert every.endswith("a<i> 25.0 b<i> 75.0 75.0 0<i>")  # worst first, empty where a trainer has none
     assert "Medians: One 50.0 %, Three 75.0 %." in page.images()[0]["alt"]
     page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows[1:2], "", {})
     assert "every trainer has failed" in Page(tmp_path / "p.html").texts["cases"]
