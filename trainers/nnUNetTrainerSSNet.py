@@ -14,12 +14,12 @@ changed patches too. Features are those in front of the last head; regions have 
 
 import torch
 
+from nnunet_ssl.blocks.heads import FeatureDecoder
 from nnunet_ssl.blocks.losses import soft_dice_distance
 from nnunet_ssl.blocks.networks import finest, logits, require_stages, unwrap
 from nnunet_ssl.blocks.perturbations import adversarial_direction, in_float32
 from nnunet_ssl.blocks.prototypes import (
     ClassMemory,
-    FeatureDecoder,
     PrototypeHeads,
     at_voxels,
     class_separation,

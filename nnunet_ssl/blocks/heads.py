@@ -1,4 +1,4 @@
-"""Modules beside a U-Net: a second head, and the discriminator of what it predicts."""
+"""Modules beside a U-Net: its last features, a second head on them, and the discriminator of what that predicts."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_ssl.blocks.networks import unwrap
+
+
+class FeatureDecoder(nn.Module):
+    """A U-Net's decoder that also returns the features which its full-resolution head turns into logits.
+
+    It consists of the modules of the U-Net and has no weights of its own.
+
+    Args:
+        network: a U-Net with encoder stages, perhaps wrapped.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.decoders = [unwrap(network).decoder]  # in a list, so that nothing is registered
+        self.eval()  # nothing of it is trained
+
+    def forward(self, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Stage outputs of the encoder to the output of the decoder, and the features (B, F, *spatial)."""
+        (decoder,) = self.decoders
+        x, outputs = skips[-1], []
+        parts = zip(decoder.transpconvs, decoder.stages, decoder.seg_layers, strict=True)
+        for level, (upsample, convolve, head) in zip(reversed(range(len(skips) - 1)), parts, strict=True):
+            x = convolve(torch.cat([upsample(x), skips[level]], 1))
+            if decoder.deep_supervision or level == 0:
+                outputs.append(head(x))
+        return outputs[::-1] if decoder.deep_supervision else outputs[0], x
 
 
 class DistanceHead(nn.Module):
@@ -21,23 +47,15 @@ class DistanceHead(nn.Module):
 
     def __init__(self, network: nn.Module, classes: int):
         super().__init__()
-        network = unwrap(network)
-        self.unregistered = (network.decoder,)  # in a tuple: it is no part of this module
-        last = network.decoder.seg_layers[-1]
-        self.features = last.in_channels
+        last = unwrap(network).decoder.seg_layers[-1]
+        self.decode, self.features = FeatureDecoder(network), last.in_channels
         self.head = type(last)(self.features, classes, 1)
-        self.head.apply(network.initialize)
+        self.head.apply(unwrap(network).initialize)
 
     def forward(self, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
         """Stage outputs of the encoder to the decoder's output and the distances (B, classes, *spatial) float32."""
-        (decoder,) = self.unregistered
-        x, outputs = skips[-1], []
-        stages = zip(decoder.transpconvs, decoder.stages, decoder.seg_layers, strict=True)
-        for level, (upsample, convolve, segment) in zip(reversed(range(len(skips) - 1)), stages, strict=True):
-            x = convolve(torch.cat([upsample(x), skips[level]], 1))
-            if decoder.deep_supervision or level == 0:
-                outputs.append(segment(x))
-        return outputs[::-1] if decoder.deep_supervision else outputs[0], self.head(x).float().tanh()
+        output, features = self.decode(skips)
+        return output, self.head(features).float().tanh()
 
 
 class Discriminator(nn.Module):

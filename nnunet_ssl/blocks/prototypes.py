@@ -1,4 +1,4 @@
-"""Features of single voxels in front of the last head, and a memory of them per class (SS-Net)."""
+"""Feature vectors of single voxels, and a memory of them per class (SS-Net)."""
 
 from collections.abc import Iterable
 
@@ -7,33 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_ssl.blocks.networks import is_distributed, unwrap
-
-
-class FeatureDecoder(nn.Module):
-    """A U-Net's decoder that also returns the features which its full-resolution head turns into logits.
-
-    It consists of the modules of the U-Net and has no weights of its own.
-
-    Args:
-        network: a U-Net with encoder stages, perhaps wrapped.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.decoders = [unwrap(network).decoder]  # in a list, so that nothing is registered
-        self.eval()  # nothing of it is trained
-
-    def forward(self, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
-        """Stage outputs of the encoder to the output of the decoder, and the features (B, F, *spatial)."""
-        (decoder,) = self.decoders
-        x, outputs = skips[-1], []
-        parts = zip(decoder.transpconvs, decoder.stages, decoder.seg_layers, strict=True)
-        for level, (upsample, convolve, head) in zip(reversed(range(len(skips) - 1)), parts, strict=True):
-            x = convolve(torch.cat([upsample(x), skips[level]], 1))
-            if decoder.deep_supervision or level == 0:
-                outputs.append(head(x))
-        return outputs[::-1] if decoder.deep_supervision else outputs[0], x
+from nnunet_ssl.blocks.networks import is_distributed
 
 
 def random_voxels(masks: Tensor, count: int) -> tuple[Tensor, Tensor]:

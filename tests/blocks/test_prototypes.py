@@ -6,9 +6,9 @@ from test_networks import every_network, network
 from tiny_trainers import seed
 
 from nnunet_ssl.blocks import prototypes
+from nnunet_ssl.blocks.heads import FeatureDecoder
 from nnunet_ssl.blocks.prototypes import (
     ClassMemory,
-    FeatureDecoder,
     PrototypeHeads,
     at_voxels,
     class_separation,
