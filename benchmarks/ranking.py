@@ -121,8 +121,8 @@ def draw(cases: Sequence[str], errors: np.ndarray, score: np.ndarray, worst: int
     axis.axvline(limit, color="0.45", linestyle="dashed", linewidth=1)
     found = found_among_first(score, errors, worst)
     axis.set_title(f"{title}{len(errors)} scans, Spearman {correlation(score, errors)[0]:.2f}", fontsize=11)
-    text = f"right of the dashed line: the first {worst} of rank.csv,\n{found} of the worst {worst} among them"
-    axis.set_xlabel(f"score of nnunet-ssl rank, made without labels (higher: expected worse)\n{text}")
+    text = f"right of the dashed line: the first {worst} of rank.csv, with {found} of the worst {worst}"
+    axis.set_xlabel(f"score of nnunet-ssl rank, made without labels (higher: expected worse)\n{text}", fontsize=9)
     axis.set_ylabel("error of the prediction: 1 - Dice (%)")
     for index in np.argsort(-errors, kind="stable")[:1]:  # more names would lie on each other
         at = (score[index], 100 * errors[index])
