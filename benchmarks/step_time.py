@@ -23,10 +23,6 @@ from pathlib import Path
 
 os.environ.setdefault("nnUNet_n_proc_DA", "0")
 os.environ.setdefault("nnUNet_compile", "0")
-os.environ["nnUNet_results"] = tempfile.gettempdir()
-# for the processes whose memory is measured: the C library gives freed tensors back at once, so that the resident size
-# is that of the living ones
-os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
@@ -141,6 +137,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help=f"pairs of blocks of {BLOCK} steps")
     parser.add_argument("--supervised", action="store_true", help="measure the supervised phase, loading included")
     args = parser.parse_args()
+    os.environ["nnUNet_results"] = tempfile.gettempdir()
+    # for the processes whose memory is measured: the C library gives freed tensors back at once, so that the resident
+    # size is that of the living ones
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = args.device == "cuda"  # as nnUNetv2_train
 

@@ -141,7 +141,7 @@ def test_a_fold_that_is_none_is_said_in_the_users_words(command, capsys):
 
 
 def test_warnings_of_other_packages_are_shown_with_traceback_only(capsys, monkeypatch):
-    monkeypatch.setattr(split, "split_dataset", lambda **_: warnings.warn("of others", FutureWarning, stacklevel=1))
+    monkeypatch.setattr(split, "split_dataset", lambda *_: warnings.warn("of others", FutureWarning, stacklevel=1))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         main("split -d 1 --labeled 1".split())  # noqa: SIM905

@@ -317,10 +317,10 @@ def test_a_folder_of_2d_scans_with_two_channels_regions_and_an_ignore_label(tmp_
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     raw = make_raw_dataset(
-        *(706, "Flat"), cases=5, unlabeled=0, test=3, shape=(1, 20, 24), channels=2, labels=labels,
+        *(707, "Flat"), cases=5, unlabeled=0, test=3, shape=(1, 20, 24), channels=2, labels=labels,
         regions_class_order=[1, 2],
     )  # fmt: skip
-    folder = plan(706, ["2d"])
+    folder = plan(707, ["2d"])
     trainer = make_trainer(nnUNetTrainer, folder, "2d")
     trainer.initialize()
     for name in ("plans.json", "dataset.json"):
@@ -329,7 +329,7 @@ def test_a_folder_of_2d_scans_with_two_channels_regions_and_an_ignore_label(tmp_
     Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     output = tmp_path / "out"
-    line = ["rank", "-d", "706", "-c", "2d", "-f", "0", "-i", str(raw / "imagesTs"), "-o", str(output), "--next", "3"]
+    line = ["rank", "-d", "707", "-c", "2d", "-f", "0", "-i", str(raw / "imagesTs"), "-o", str(output), "--next", "3"]
     assert main([*line, *FAST]) == 0
     found = {row["case"]: row for row in rows(output)}
     assert sorted(found) == ["test_000", "test_001", "test_002"]
