@@ -157,6 +157,7 @@ def test_a_page_stands_alone_and_has_everything(root):
     training, settings = page.texts["training"], page.texts["settings"]
     assert "all pseudo labels of this epoch are background, 0.0 <b>. 0 to 2 3" in training  # one row of three warnings
     assert "Dice on validation patches" in training
+    assert "A dotted line is where the semi-supervised phase begins" in training
     assert "pseudo_weight 0.5 alpha: weight of pseudo-labeled voxels; labeled voxels have 1" in settings
     for text in (
         "labeled cases 2",
@@ -240,6 +241,7 @@ def test_an_unfinished_training_has_a_page(root):
     page = page_of()
     assert "not finished: epoch 0, no checkpoint yet" in page.texts[""]
     assert "There are no curves" in page.texts["training"]
+    assert "dotted line" not in page.texts["training"]  # of a phase that is not known
     assert page.texts["training"].endswith("Warnings in the log None.")
     assert "debug.json is not in the folder" in page.texts["settings"]
     assert "there is no checkpoint yet" in page.texts["batch"]

@@ -17,7 +17,7 @@ ADVICE = {
     "Dice on validation patches": "Of the deployed network. It should rise and level off; a dip where the second "
     "phase begins is usual.",
     "loss terms, weighted": "No term should grow without end, or have gaps: these are values that are not finite. A "
-    "jump at the dotted line is a change of what is summed.",
+    "jump where the method begins is a change of what is summed.",
     "networks on a few validation patches": "A teacher should be as good as the students, or better. One that stays "
     "below holds them back.",
     "pseudo labels on unlabeled patches": "Agreement should rise. A confidence near 1 while the Dice falls means that "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from nnunetv2 import paths
 from tqdm import tqdm
 
+from nnunet_ssl.commands.ranking_files import IMAGES, LABELS, NETWORKS, NEXT, SETTINGS, TABLE
 from nnunet_ssl.commands.report.page import Card, Key, Table
 from nnunet_ssl.commands.report.pictures import keys_of
 from nnunet_ssl.commands.report.scans import (
@@ -24,7 +25,6 @@ from nnunet_ssl.commands.report.scans import (
 from nnunet_ssl.commands.report.training import Training
 from nnunet_ssl.system.files import read_json, read_text
 
-TABLE, NEXT, SETTINGS = "rank.csv", "next.csv", "settings.json"
 VOLUME = "volume_ml_"  # begin of the columns with the classes
 NUMBERS = ("score", "disagreement", "volume_z")  # columns that are shown as such
 UNUSUAL = 3  # robust z of a volume
@@ -50,9 +50,7 @@ class Ranking(NamedTuple):
 
     def files(self, case: str, ending: str) -> list[Path]:
         """The label files of a case, one for every key."""
-        places = (
-            [Path("networks", key.name) for key in self.keys] if (self.folder / "networks").is_dir() else ["labels"]
-        )
+        places = [Path(NETWORKS, key.name) for key in self.keys] if (self.folder / NETWORKS).is_dir() else [LABELS]
         return [self.folder / place / f"{case}{ending}" for place in places]
 
 
@@ -69,12 +67,12 @@ def read_ranking(folder: Path, training: Training) -> Ranking:
     settings = read_settings(folder, training)
     rows = read_rows(folder / TABLE, "case", "score", "missing")
     networks = settings.get("networks") or {}
-    own = sorted(path.name for path in (folder / "networks").glob("*") if path.is_dir())
+    own = sorted(path.name for path in (folder / NETWORKS).glob("*") if path.is_dir())
     names = [name for name in networks if name in own] + [name for name in own if name not in networks]
     raw = Path(paths.nnUNet_raw, training.plans.dataset_name) if paths.nnUNet_raw.is_set() else Path()
     given = settings.get("scans", "unlabeled")
     hidden = labeled_images(raw, training.dataset_json) if given == "unlabeled" else {}
-    folders = [folder / "images", raw / "imagesUn" if given == "unlabeled" else Path(given)]
+    folders = [folder / IMAGES, raw / "imagesUn" if given == "unlabeled" else Path(given)]
     return Ranking(
         folder,
         rows,
@@ -123,9 +121,10 @@ def read_rows(file: Path, *needed: str) -> list[dict[str, str]]:
 def is_number(text: str) -> bool:
     """Whether a cell is empty or a number."""
     try:
-        return text == "" or float(text) is not None
+        float(text or 0)
     except ValueError:
         return False
+    return True
 
 
 def cards(ranking: Ranking, how: Reading, pictures: int) -> Iterator[Card]:

@@ -81,6 +81,7 @@ def report(
         data=data_and_plans(training),
         settings=settings_of(training),
         curves=curves(training),
+        two_phases=training.supervised_epochs > 0,
         warnings=warnings,
         batch=batch,
         no_batch=no_batch,

@@ -156,6 +156,7 @@ def data_and_plans(training: Training) -> list[tuple[str, str]]:
 
 
 def as_size(values: Sequence) -> str:
+    """Numbers per axis, as "20 x 28 x 28"."""
     return " x ".join(f"{value:g}" for value in values)
 
 
