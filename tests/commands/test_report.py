@@ -241,7 +241,6 @@ def test_an_unfinished_training_has_a_page(root):
     page = page_of()
     assert "not finished: epoch 0, no checkpoint yet" in page.texts[""]
     assert "There are no curves" in page.texts["training"]
-    assert "dotted line" not in page.texts["training"]  # of a phase that is not known
     assert page.texts["training"].endswith("Warnings in the log None.")
     assert "debug.json is not in the folder" in page.texts["settings"]
     assert "there is no checkpoint yet" in page.texts["batch"]
@@ -261,6 +260,7 @@ def test_a_damaged_checkpoint_is_said_and_the_next_one_taken(root):
     assert "checkpoint_best.pth" in page.texts[""]
 
 
+@pytest.mark.pictures
 def test_a_stock_training_has_a_page(root):
     stock = "nnUNetTrainer"
     model = fold_of(root).parent
@@ -269,7 +269,10 @@ def test_a_stock_training_has_a_page(root):
     checkpoint = torch.load(file, weights_only=False)
     del checkpoint["nnunet_ssl"]
     torch.save(checkpoint, file)
+    (file.parent / "debug.json").unlink()
     page = page_of(trainer=stock)
+    assert "Dice on validation patches" in page.texts["training"]
+    assert "dotted line" not in page.texts["training"]  # there is one phase
     assert "Deployed network" not in page.texts[""]
     assert "nnUNetTrainer learns from labeled scans alone" in page.texts["batch"]
 
