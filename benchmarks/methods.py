@@ -171,27 +171,27 @@ def measure(run: Run, on: str) -> None:
             locks.enter_context(locked(member.folder / "lock"))
         models, seconds = zip(*(trained(member, dataset) for member in run.members), strict=True)
         metrics = predict(run, dataset, models, on)
-        record(run, on, [sum(phase) for phase in zip(*seconds, strict=True)], metrics)
+        firsts, seconds, units = zip(*seconds, strict=True)
+        record(run, on, [sum(firsts), sum(seconds), statistics.mean(units)], metrics)
     dice = statistics.mean(values[0] for values in metrics.values())
     print(f"{run.task}, {run.row}, seed {run.seed}, {on} scans: Dice {dice:.2f}", flush=True)
 
 
 def trained(run: Run, dataset: str) -> tuple[Path, list[float]]:
-    """The final checkpoint of a run, trained if it is missing, and the processor seconds of its phases."""
-    seconds, start, trained_on = [0.0, 0.0], None, dataset
-    if not run.alone:
-        firsts = run.first_phases()
-        for first in firsts:
+    """The final checkpoint of a run, trained if it is missing, and its SECONDS."""
+    seconds, start, trained_on, firsts = [0.0, 0.0], None, dataset, run.first_phases()
+    for first in firsts:
+        if first.folder != run.folder:  # whose lock this process holds
             with locked(first.folder / "lock"):
                 train(first, dataset)
-        used = firsts if run.labelers else firsts[:1]
-        start, seconds[0] = checkpoint(firsts[0], dataset), sum(cpu_seconds(f.folder / SECONDS_FILE) for f in used)
+    if not run.alone:
+        start, seconds[0] = checkpoint(firsts[0], dataset), sum(cpu_seconds(f.folder / SECONDS_FILE) for f in firsts)
     if run.method == SELF_TRAINING or run.predicted_foreground:
         name, seconds[1] = label_scans(run, dataset)
         trained_on = name if run.method == SELF_TRAINING else dataset
     train(run, trained_on, start)
     seconds[1] += cpu_seconds(run.folder / SECONDS_FILE)
-    return checkpoint(run, trained_on), seconds
+    return checkpoint(run, trained_on), [*seconds, cpu_seconds(firsts[0].folder / SECONDS_FILE)]
 
 
 def checkpoint(run: Run, dataset: str) -> Path:

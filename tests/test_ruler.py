@@ -15,7 +15,7 @@ import ruler
 def rows(name, dice):
     """A table's rows from Dice by seed and case."""
     values = ((s, case, f"{d}") for s, cases in dice.items() for case, d in cases.items())
-    return [[name, str(s), "10", "20", case, d, "1.0", "1.0", "90.0"] for s, case, d in values]
+    return [[name, str(s), "10", "20", "10", case, d, "1.0", "1.0", "90.0"] for s, case, d in values]
 
 
 def test_the_part_of_the_gap_and_its_interval():
@@ -43,6 +43,14 @@ def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
     assert p == pytest.approx(2 / 2**6)  # six patients, all of one sign
     single = ruler.Scores(rows("x", {1: theirs[1]}))
     assert np.isnan(ruler.against(method, single)[1])
+
+
+def test_cost_is_in_first_phases_of_the_same_day():
+    fast = ["x", "0", "10", "25", "10", "case", "80", "1", "1", "80"]
+    slow = ["x", "1", "20", "50", "20", "case", "80", "1", "1", "80"]
+    alone = ["x", "0", "0", "46", "20", "case", "80", "1", "1", "80"]
+    assert ruler.Scores([fast, slow]).cost == pytest.approx(3.5)
+    assert ruler.Scores([alone]).cost == pytest.approx(2.3)
 
 
 def test_a_patient_of_several_tasks_counts_once():
