@@ -43,6 +43,11 @@ TASKS = {
     "ACDC-3": Task(fold=1, first_pseudo_dataset=540, **ACDC),
     "ACDC-60": Task(fold=3, **ACDC),
 }
+# LA-4 and five scans more, in folds that annotating.py appends
+ANNOTATED = {
+    name: Task(fold=4 + i, **LA) for i, name in enumerate(["LA-9-ranked", *(f"LA-9-random-{n}" for n in range(3))])
+}
+TASKS |= ANNOTATED
 
 
 def table_file(task: str, on: str) -> Path:
