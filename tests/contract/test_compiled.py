@@ -1,4 +1,4 @@
-"""torch.compile, nnU-Net's default on CUDA, with the real compiler: what runs compiled, and that it computes the same.
+"""torch.compile, nnU-Net's default on CUDA: what runs compiled, and that it computes the same.
 
 nnU-Net does not compile on a CPU; here it is told to.
 """
@@ -7,6 +7,7 @@ import shutil
 import sys
 import sysconfig
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeache
 NEEDED = shutil.which("g++") is not None and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
 pytestmark = pytest.mark.skipif(not NEEDED, reason="torch.compile needs a C++ compiler, g++, and Python's headers")
 CONVOLUTIONS = {module.forward.__code__ for module in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
-OTHERS = [("tiny_dataset", "2d"), ("tiny_residual_dataset", "3d_fullres")]  # plain and 3D are tested everywhere
+NETWORKS = [("tiny_dataset", "3d_fullres"), ("tiny_dataset", "2d"), ("tiny_residual_dataset", "3d_fullres")]
 
 
 @pytest.fixture
@@ -34,6 +35,12 @@ def compiling(monkeypatch):
     counters.clear()
     yield lambda on: monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: on)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """Networks are traced and differentiated as ever, but no C++ is made of that, which takes most of the time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def started(trainer_class, dataset, configuration):
@@ -78,7 +85,9 @@ def both(trainer_class, dataset, configuration, compiling):
 
 
 @pytest.mark.parametrize("trainer_class", every_trainer())
-def test_every_network_is_compiled_and_computes_the_same(trainer_class, tiny_dataset, compiling, tmp_path):
+def test_every_network_is_compiled_and_computes_the_same(
+    trainer_class, tiny_dataset, compiling, without_code, tmp_path
+):
     trainer, batch, eager, (losses, expected) = both(trainer_class, tiny_dataset, "3d_fullres", compiling)
     assert eager == 0
     assert not counters["graph_break"]
@@ -105,8 +114,8 @@ def test_every_network_is_compiled_and_computes_the_same(trainer_class, tiny_dat
 
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCoLearning])
-@pytest.mark.parametrize(("fixture", "configuration"), OTHERS)
-def test_two_dimensions_and_residual_networks(trainer_class, fixture, configuration, compiling, request):
+@pytest.mark.parametrize(("fixture", "configuration"), NETWORKS)
+def test_networks_of_every_kind_with_the_real_compiler(trainer_class, fixture, configuration, compiling, request):
     data = request.getfixturevalue(fixture)
     _, _, eager, (losses, expected) = both(trainer_class, data, configuration, compiling)
     assert eager == 0
