@@ -22,7 +22,7 @@ from nnunet_ssl.data.loading import Batch, make_loaders, to_device
 from nnunet_ssl.system.attributes import replaced
 from nnunet_ssl.system.nnunet_version import require_nnunet
 from nnunet_ssl.training import checkpoints, preflight
-from nnunet_ssl.training.health import Health
+from nnunet_ssl.training.health import Health, ends
 from nnunet_ssl.training.history import History, time_left
 from nnunet_ssl.training.loaders import KeptItems, make_repeatable, start_loaders, stop_loaders
 from nnunet_ssl.training.observations import dice_by_network, evaluating, observe, pseudo_labeler
@@ -189,7 +189,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             for network in (self.network, *vars(self.companions).values()):
                 compile_in_place(network)
         self._restart_optimizer()
-        self._first_weights = next(unwrap(self.network).parameters()).detach().clone()
+        self._first_weights = [weights.detach().clone() for weights in ends(self.network)]
 
     def _restart_optimizer(self) -> None:
         # nnU-Net's and further ones, of all trained networks; nnU-Net's learning rate over the present phase's epochs

@@ -293,18 +293,21 @@ def test_the_log_says_that_pretrained_weights_have_no_heads(tiny_dataset, tmp_pa
     for name in ("mean_fg_dice", "ema_fg_dice"):
         stock.logger.local_logger.my_fantastic_logging[name].append(0.5)
     stock.save_checkpoint(str(tmp_path / "stock.pth"))
+    trained = {name: weights + 0.1 for name, weights in stock.network.state_dict().items()}
     said = []
-    for pretrained in (False, True):
+    for loaded in ("nothing", "heads too", "as by nnUNetv2_train"):  # trainings of one second share a log
         trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset)
         trainer.initialize()
-        if pretrained:  # as nnUNetv2_train does
+        if loaded == "as by nnUNetv2_train":
             load_pretrained_weights(trainer.network, str(tmp_path / "stock.pth"))
+        elif loaded == "heads too":
+            trainer.network.load_state_dict(trained)
         trainer.on_train_start()
         said.append(
             "-pretrained_weights leaves out the segmentation heads"
             in Path(trainer.log_file).read_text(encoding="utf-8")
         )
-    assert said == [False, True]
+    assert said == [False, False, True]
 
 
 def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Warnings of a training that goes wrong while its loss falls, and the end of one whose loss is not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,12 @@ from nnunet_ssl.training.checkpoints import CHECKPOINTS
 
 LAGGING = 0.05  # Dice by which a teacher may be below every student without a warning
 NOT_FINITE_STEPS = 20  # steps in a row with the same term NaN or infinite, after which a training is stopped
+
+
+def ends(network: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """The first and the last parameter: in nnU-Net's networks, of the encoder and of a segmentation head."""
+    parameters = [*unwrap(network).parameters()]
+    return parameters[0], parameters[-1]
 
 
 class Health:
@@ -112,16 +118,16 @@ class Health:
                     f"student {worst:.3f} or more: its labels hold the students back."
                 )
 
-    def check_heads(self, network: nn.Module, first_weights: Tensor) -> None:
-        """Warns where weights were loaded from elsewhere, which leaves nnU-Net's segmentation heads random.
+    def check_heads(self, network: nn.Module, first_weights: Sequence[Tensor]) -> None:
+        """Warns where weights were loaded from elsewhere, but not those of the segmentation heads, as nnU-Net does.
 
         Args:
             network: the student.
-            first_weights: of its first parameter when it was built.
+            first_weights: its `ends` when it was built.
         """
-        network = unwrap(network)
-        heads = [name for name, _ in network.named_modules() if name.endswith("seg_layers")]
-        if heads and not torch.equal(next(network.parameters()), first_weights):
+        heads = [name for name, _ in unwrap(network).named_modules() if name.endswith("seg_layers")]
+        encoder, head = (torch.equal(*pair) for pair in zip(ends(network), first_weights, strict=True))
+        if heads and head and not encoder:
             self.log(
                 f"WARNING: -pretrained_weights leaves out the segmentation heads ({', '.join(heads)}). They start with "
                 f"random weights, in the student and in its companions: the first pseudo labels mean nothing."
