@@ -188,8 +188,11 @@ def table(task: str, on: str) -> str:
 
 
 def draw(tasks: list[str], on: str, file: Path) -> None:
-    """A panel per task: a point per row and seed, between the supervised line and that of all labels."""
-    results = {task: read(task, on) for task in tasks}
+    """A panel per task: a point per row and seed, between the supervised line and that of all labels.
+
+    Rows that are trained alone, with half of the steps, are in the tables and in docs/methods.md.
+    """
+    results = {t: {name: row for name, row in read(t, on).items() if not name.endswith(", alone")} for t in tasks}
     names = list(dict.fromkeys(name for rows in results.values() for name in rows))
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(3.6 * len(tasks), 1.6 + 0.45 * len(names)), sharey=True, squeeze=False
