@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import annotating
 import ranking
 
 
@@ -56,3 +57,13 @@ def test_the_script_reads_a_ranking_and_draws(tmp_path, monkeypatch, capsys):
     assert "| chance | 0 | 0.8 |" in printed
     assert "5 scans, mean Dice 64.8 %, worst 40.0 %" in printed
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_annotating_takes_the_first_scans_and_three_draws_from_all(tmp_path):
+    cases = [f"scan_{n:02d}" for n in range(20)][::-1]
+    (tmp_path / "rank.csv").write_text("\n".join(["case,score", *(f"{case},0.5" for case in cases)]))
+    ranked, *drawn = annotating.choices(tmp_path / "rank.csv").values()
+    assert ranked == cases[:5]
+    assert len(drawn) == 3
+    assert all(len({*draw}) == 5 and {*draw} <= {*cases} for draw in drawn)
+    assert len({*map(tuple, [ranked, *drawn])}) == 4
