@@ -20,6 +20,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads of tiny networks wait for each ot
 register()
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, then those with many, so that no process works alone at the end."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def weight(tests):
+        return any(test.get_closest_marker("slow") for test in tests), len(tests)
+
+    items[:] = [test for tests in sorted(files.values(), key=weight, reverse=True) for test in tests]
+
+
 def pytest_unconfigure():
     _ROOT.cleanup()
 

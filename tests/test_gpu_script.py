@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.slow
 def test_it_measures_every_trainer_it_is_given(tiny_dataset, tmp_path):
     command = [sys.executable, SCRIPT, "--device", "cpu", "-d", "701", "-o", tmp_path, "-tr", "nnUNetTrainerM3HL"]
     subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)

@@ -34,6 +34,7 @@ def environment(tmp_path):
         shutil.rmtree(Path(root) / "Dataset796_Newcomer", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_the_first_commands_of_the_readme_train_and_predict(environment, tmp_path):
     raw = make_raw_dataset(796, "Newcomer", cases=5, unlabeled=2, test=1, shape=(20, 22, 24))
     for scan in (raw / "imagesUn").iterdir():
