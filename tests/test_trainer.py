@@ -406,7 +406,8 @@ if __name__ == "__main__":  # the workers, which import this file, need nothing 
     torch.set_num_threads(1)
     draw_nothing()
     seed()
-    trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), num_iterations_per_epoch=3, num_epochs=4)
+    settings = dict(num_iterations_per_epoch=3, num_epochs=4, supervised_part=0.25)
+    trainer = make_trainer(nnUNetTrainerM3HL, Path({dataset!r}), **settings)
     trainer.run_training()
     print("finished", flush=True)
 """
@@ -482,7 +483,7 @@ def parent(process):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
-def test_two_workers_serve_both_streams_and_end_with_the_training(tiny_dataset, tmp_path):
+def test_two_workers_serve_both_phases_and_end_with_the_training(tiny_dataset, tmp_path):
     file = tmp_path / "script.py"
     file.write_text(SCRIPT.format(tests=str(Path(__file__).parent), dataset=str(tiny_dataset)))
     environment = {**os.environ, "nnUNet_results": str(tmp_path), "OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "2"}
@@ -492,7 +493,9 @@ def test_two_workers_serve_both_streams_and_end_with_the_training(tiny_dataset, 
     assert process.returncode == 0, output
     assert "finished" in output
     (folder,) = tmp_path.glob("Dataset701_Tiny/nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0")
-    assert len(losses_of(folder)) == 5
+    columns, *epochs = losses_of(folder)
+    pseudo = [row[columns.index("pseudo")] for row in epochs]
+    assert [value != "" for value in pseudo] == [False, True, True, True]  # after one supervised epoch
     deadline = time.time() + 30  # the last to go, Python's own tracker of resources, sees the end of the others first
     while faults.group(process.pid) and time.time() < deadline:
         time.sleep(0.1)

@@ -14,6 +14,12 @@ from tiny_trainers import draw_nothing, every_trainer, make_trainer, seed
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.blocks.networks import unwrap
+from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
+
+
+class TwoPhases(nnUNetTrainerCoLearning):
+    """Its training has a folder of its own."""
+
 
 SAMPLE_WISE = {"nnUNetTrainerMeanTeacher", "nnUNetTrainerCPS"}  # with no noise, the loss is a mean over the samples
 STEPS = 3
@@ -48,6 +54,7 @@ def train_all(dataset, output, rank):
                 file = output / f"joint_{trainer_class.__name__}_{configuration}_{rank}.pt"
                 joint_batch(trainer_class, configuration, dataset, file, rank, world_size=dist.get_world_size())
         whole_training(trainer_class, dataset, output / f"whole_{trainer_class.__name__}_{rank}.pt", rank)
+    two_phases(dataset, output, rank)
 
 
 def on_cpu(trainer_class, dataset, configuration="3d_fullres", **settings):
@@ -74,6 +81,22 @@ def whole_training(trainer_class, dataset, file, rank):
     torch.save(torch.rand(4), file.with_name("random_" + file.name))
     resumed.train_step(next(resumed.dataloader_train))
     save(resumed, file.with_name("resumed_" + file.name))
+
+
+def two_phases(dataset, output, rank):
+    """A supervised epoch, whose networks are kept, and one of a method that trains two networks."""
+    seed(rank)
+    trainer = on_cpu(TwoPhases, dataset, num_epochs=2, supervised_part=0.5)
+    begin = trainer.on_train_epoch_start
+
+    def on_train_epoch_start():
+        begin()
+        save(trainer, output / f"phase_{trainer.current_epoch}_{rank}.pt")
+
+    trainer.on_train_epoch_start = on_train_epoch_start
+    trainer.run_training()
+    assert trainer.step == 2
+    save(trainer, output / f"phase_2_{rank}.pt")
 
 
 def joint_batch(trainer_class, configuration, dataset, file, rank, world_size):

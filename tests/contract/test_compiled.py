@@ -123,6 +123,28 @@ def test_networks_of_every_kind_with_the_real_compiler(trainer_class, fixture, c
     assert losses == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
+def test_both_phases_of_a_training_are_compiled_and_compute_the_same(tiny_dataset, compiling, without_code):
+    settings = {"supervised_part": 0.5, "num_iterations_per_epoch": 100, **EVERY_STREAM}
+    found = []
+    for on in (False, True):
+        compiling(on)
+        seed()
+        trainer, losses = make_trainer(nnUNetTrainerCoLearning, tiny_dataset, "2d", **settings), []
+        trainer.on_train_start()
+        for epoch in (0, 1):
+            trainer.current_epoch = epoch
+            trainer.on_train_epoch_start()
+            batch = next(trainer.dataloader_train)
+            for number in range(2):
+                seed(number)
+                losses.append(float(trainer.train_step(deepcopy(batch))["loss"]))
+        assert trainer.step == 2
+        found.append(losses)
+    assert not counters["graph_break"]
+    assert counters["frames"]["ok"] > 0
+    assert found[1] == pytest.approx(found[0], rel=2e-3, abs=2e-3)
+
+
 class EagerTeacher(nnUNetTrainerMeanTeacher):
     def initialize(self):
         super().initialize()

@@ -66,6 +66,20 @@ def test_resumed_ranks_have_the_same_networks_and_their_own_random_numbers(train
     assert not torch.equal(*random)
 
 
+def test_both_phases_leave_the_ranks_equal(two_processes):
+    epochs = [[torch.load(two_processes / f"phase_{epoch}_{rank}.pt") for rank in (0, 1)] for epoch in (0, 1, 2)]
+    for first, second in epochs:
+        for name in first:
+            torch.testing.assert_close(flat(first[name]), flat(second[name]), rtol=0, atol=1e-6)
+    beginning, boundary, end = (flat(first["student"]) for first, _ in epochs)
+    assert not torch.equal(beginning, boundary)
+    assert not torch.equal(boundary, end)
+    other = [flat(first["student_2"]) for first, _ in epochs]
+    assert torch.equal(other[1], boundary)  # the second student begins as a copy, and is trained
+    assert not torch.equal(other[2], end)
+    assert not torch.equal(other[2], other[1])
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])  # nnU-Net's Dice: of the batch, of a sample
 @pytest.mark.parametrize("trainer_class", [t for t in every_trainer() if t.__name__ in SAMPLE_WISE])
 def test_two_ranks_train_as_one_process_with_the_joint_batch(
