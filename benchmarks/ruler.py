@@ -11,6 +11,9 @@ few: the interval is too narrow rather than too wide. The test against self-trai
 the patients' means over the seeds that both have, from two such seeds on: it knows of other patients, not of other
 trainings. Two frames of one patient's heart are not independent, so ACDC's are averaged first.
 
+Rows with a longer second phase (`num_epochs=N`) are compared with `supervised`, self-training and a reference of that
+length, in a table of their own, as soon as `supervised` is measured at that length.
+
 Where a method has other seeds than `supervised` or self-training, the comparison is of the seeds that both have, the
 column Dice of all. Rows that are trained alone took half the steps of `supervised`. The reference of LA has learnt from
 all 60 scans, the methods saw 52 images: the other 8 are for development. A class that is not found has no distance: how
@@ -73,6 +76,18 @@ class Scores:
 def read(task: str, on: str) -> dict[str, Scores]:
     rows = read_rows(task, on)
     return {name: Scores([row for row in rows if row[0] == name]) for name in dict.fromkeys(row[0] for row in rows)}
+
+
+def by_length(rows: dict[str, Scores]) -> dict[str, dict[str, Scores]]:
+    """Rows apart by the length of their second phase, where supervised training was measured at that length too.
+
+    Returns: "" to those of the task's own length and the rest, "num_epochs=N" to rows whose names do not repeat that.
+    """
+    found = {"": dict(rows)}
+    for length in [name.removeprefix(f"{SUPERVISED}, ") for name in rows if name.startswith(f"{SUPERVISED}, num_e")]:
+        names = [name for name in rows if length in name.split(", ")]
+        found[length] = {name.replace(f", {length}", ""): found[""].pop(name) for name in names}
+    return found
 
 
 def gap_closed(method: np.ndarray, supervised: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
@@ -153,14 +168,14 @@ def closed_by(scores: Scores, supervised: Scores, reference: Scores, metric: str
     return f"{100 * part:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def table(task: str, on: str) -> str:
-    rows, unit = read(task, on), TASKS[task].unit
-    reference = read(REFERENCE[task], on).get(SUPERVISED)
+def table(task: str, on: str, length: str = "") -> str:
+    rows, unit = by_length(read(task, on))[length], TASKS[task].unit
+    reference = by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
     supervised, self_training = rows.get(SUPERVISED), rows.get(SELF_TRAINING)
     any_row = next(iter(rows.values()))
     lines = [
-        f"{task}, {len(any_row.patients)} {on} patients. Dice in percent; HD95 and ASD in {unit}; cost in supervised "
-        f"trainings of {TASKS[task].steps:,} steps. `benchmarks/ruler.py` says what the columns are.",
+        f"{task}{f', {length}' if length else ''}, {len(any_row.patients)} {on} patients. Dice in percent; HD95 and ASD in "
+        f"{unit}; cost in supervised trainings of {TASKS[task].steps:,} steps. `benchmarks/ruler.py` says what the columns are.",
         "",
         "| second phase | cost | Dice | of each seed | HD95 | ASD | gap closed (95 %) | against self-training "
         "| largest component: Dice | gap closed (95 %) |",
@@ -188,17 +203,20 @@ def table(task: str, on: str) -> str:
 
 
 def draw(tasks: list[str], on: str, file: Path) -> None:
-    """A panel per task: a point per row and seed, between the supervised line and that of all labels.
+    """A panel per task and length: a point per row and seed, between the supervised line and that of all labels.
 
     Rows that are trained alone, with half of the steps, are in the tables and in docs/methods.md.
     """
-    results = {t: {name: row for name, row in read(t, on).items() if not name.endswith(", alone")} for t in tasks}
+    results = {}
+    for task in tasks:
+        for length, rows in by_length(read(task, on)).items():
+            results[task, length] = {name: row for name, row in rows.items() if not name.endswith(", alone")}
     names = list(dict.fromkeys(name for rows in results.values() for name in rows))
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(3.6 * len(tasks), 1.6 + 0.45 * len(names)), sharey=True, squeeze=False
+        1, len(results), figsize=(3.6 * len(results), 1.6 + 0.45 * len(names)), sharey=True, squeeze=False
     )
-    for axis, (task, rows) in zip(axes[0], results.items(), strict=True):
-        reference = read(REFERENCE[task], on).get(SUPERVISED)
+    for axis, ((task, length), rows) in zip(axes[0], results.items(), strict=True):
+        reference = by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
         for line, label, colour in ((rows.get(SUPERVISED), "supervised", "0.4"), (reference, "all labels", COLOURS[2])):
             if line is not None:
                 axis.axvline(line.metrics[..., 0].mean(), color=colour, zorder=0, label=label)
@@ -208,7 +226,8 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
             axis.plot(dice.mean(), height[0], "|", color="black", markersize=16, markeredgewidth=2)
         labeled = task.split("-")[1]
         people = "patients" if task.startswith("ACDC") else "scans"
-        axis.set_title(f"{task}: {labeled} labeled {people}", fontsize=11)
+        longer = f"\nsecond phase of {length.removeprefix('num_epochs=')} epochs" if length else ""
+        axis.set_title(f"{task}: {labeled} labeled {people}{longer}", fontsize=11)
         axis.set_xlabel(f"Dice, {on} scans (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(len(names) - 0.5, -0.7)
@@ -256,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     tasks = [task for task in REFERENCE if read(task, args.on)]
     for task in tasks:
-        text = table(task, args.on)
+        text = "\n".join(table(task, args.on, length) for length in by_length(read(task, args.on)))
         with replacing(table_file(task, args.on).with_suffix(".md")) as temporary:
             temporary.write_text(text)
         print(text)

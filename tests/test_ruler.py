@@ -1,5 +1,6 @@
 """The figures of benchmarks/ruler.py, from which the README's table is made."""
 
+import csv
 import sys
 from pathlib import Path
 
@@ -43,6 +44,26 @@ def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
     assert p == pytest.approx(2 / 2**6)  # six patients, all of one sign
     single = ruler.Scores(rows("x", {1: theirs[1]}))
     assert np.isnan(ruler.against(method, single)[1])
+
+
+def test_longer_trainings_are_compared_with_supervised_training_of_that_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.RESULTS", tmp_path)
+    for task, dice in (("ACDC-3", (60, 80, 70, 81)), ("ACDC-60", (90, None, 100, None))):
+        names = ("supervised", "x", "supervised, num_epochs=40", "x, mask_cells=2, num_epochs=40")
+        lines = [
+            row
+            for name, mean in zip(names, dice, strict=True)
+            for row in (rows(name, {0: {f"case{n}": mean + n - 2 for n in range(5)}}) if mean else [])
+        ]
+        with (tmp_path / f"{task}.csv").open("w", newline="") as f:
+            csv.writer(f).writerows([["header"], *lines])
+    assert list(ruler.by_length(ruler.read("ACDC-3", "test"))) == ["", "num_epochs=40"]
+    short, long = (ruler.table("ACDC-3", "test", length) for length in ("", "num_epochs=40"))
+    (row,) = (line for line in short.splitlines() if line.startswith("| x "))
+    assert "67 %" in row
+    (row,) = (line for line in long.splitlines() if line.startswith("| x, mask_cells=2 |"))
+    assert "37 %" in row
+    assert "num_epochs=40 |" not in short + long
 
 
 def test_cost_is_in_first_phases_of_the_same_day():
