@@ -174,8 +174,9 @@ def table(task: str, on: str, length: str = "") -> str:
     supervised, self_training = rows.get(SUPERVISED), rows.get(SELF_TRAINING)
     any_row = next(iter(rows.values()))
     lines = [
-        f"{task}{f', {length}' if length else ''}, {len(any_row.patients)} {on} patients. Dice in percent; HD95 and ASD in "
-        f"{unit}; cost in supervised trainings of {TASKS[task].steps:,} steps. `benchmarks/ruler.py` says what the columns are.",
+        f"{task}{length and f', {length}'}, {len(any_row.patients)} {on} patients. Dice in percent; HD95 and ASD in "
+        f"{unit}; cost in supervised trainings of {TASKS[task].steps:,} steps. `benchmarks/ruler.py` says what the "
+        f"columns are.",
         "",
         "| second phase | cost | Dice | of each seed | HD95 | ASD | gap closed (95 %) | against self-training "
         "| largest component: Dice | gap closed (95 %) |",
