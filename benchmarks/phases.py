@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
-from tasks import SELF_TRAINING, TASKS
+from tasks import SELF_TRAINING, STEPS_PER_EPOCH, TASKS
 
 from nnunet_ssl.system.files import replacing
 
 SECONDS_FILE = "seconds.json"  # processor time, in a run's folder
-STEPS_PER_EPOCH = 250
 
 
 def phase(args) -> None:

@@ -32,6 +32,7 @@ from tasks import (
     RUN,
     SECONDS,
     SELF_TRAINING,
+    STEPS_PER_EPOCH,
     SUPERVISED,
     TASKS,
     mean_of_present,
@@ -214,7 +215,7 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
             results[task, length] = {name: row for name, row in rows.items() if not name.endswith(", alone")}
     names = list(dict.fromkeys(name for rows in results.values() for name in rows))
     figure, axes = plt.subplots(
-        1, len(results), figsize=(3.6 * len(results), 1.6 + 0.45 * len(names)), sharey=True, squeeze=False
+        1, len(results), figsize=(2.7 * len(results), 1.8 + 0.45 * len(names)), sharey=True, squeeze=False
     )
     for axis, ((task, length), rows) in zip(axes[0], results.items(), strict=True):
         reference = by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
@@ -227,8 +228,9 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
             axis.plot(dice.mean(), height[0], "|", color="black", markersize=16, markeredgewidth=2)
         labeled = task.split("-")[1]
         people = "patients" if task.startswith("ACDC") else "scans"
-        longer = f"\nsecond phase of {length.removeprefix('num_epochs=')} epochs" if length else ""
-        axis.set_title(f"{task}: {labeled} labeled {people}{longer}", fontsize=11)
+        epochs = int(length.removeprefix("num_epochs=") or TASKS[task].steps // STEPS_PER_EPOCH)
+        steps = f"{epochs * STEPS_PER_EPOCH:,} steps"
+        axis.set_title(f"{task}: {labeled} labeled {people}\n{steps}", fontsize=10)
         axis.set_xlabel(f"Dice, {on} scans (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(len(names) - 0.5, -0.7)
@@ -280,7 +282,7 @@ def main() -> None:
         with replacing(table_file(task, args.on).with_suffix(".md")) as temporary:
             temporary.write_text(text)
         print(text)
-    results = {task: read(task, args.on) for task in tasks}
+    results = {task: by_length(read(task, args.on))[""] for task in tasks}
     for name in dict.fromkeys(name for rows in results.values() for name in rows if name != SELF_TRAINING):
         difference, patients, p = pooled(results, name)
         if patients:

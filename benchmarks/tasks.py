@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+STEPS_PER_EPOCH = 250  # nnU-Net's
 SUPERVISED, SELF_TRAINING = "supervised", "self-training"  # rows that are no trainer's name
 RUN = ["row", "seed"]  # what identifies a run in the table of a task
 # Of one core: what the phases took, labeling is in the second; and a first phase on the machine of that day, the unit
