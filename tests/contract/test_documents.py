@@ -114,3 +114,26 @@ def test_the_table_of_methods_has_every_trainer_with_its_paper_cost_and_dice():
             found = [measured[task].get(f"{method}{settings}, alone") for settings in ("", ", supervised_part=0.0")]
             found = [scores.dice([0]).mean() for scores in found if scores is not None]
             assert cell == (f"{found[0]:.1f}" if found else ""), f"{name}, {task}"
+
+
+GAINS = {  # rows of the README's table
+    "left atrium, 8 labeled scans": ("LA-8", ""),
+    "left atrium, 4 labeled scans": ("LA-4", ""),
+    "ACDC, 7 labeled patients": ("ACDC-7", ""),
+    "ACDC, 3 labeled patients": ("ACDC-3", ""),
+    "ACDC, 3, the other half four times as long": ("ACDC-3", "num_epochs=40"),
+}
+
+
+def test_the_gains_of_the_readme_are_those_of_the_measured_cases():
+    lines = (TESTS.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    table = {row[0]: row[1:] for row in rows if row[0] in GAINS}
+    assert table.keys() == GAINS.keys()
+    for name, (task, length) in GAINS.items():
+        measured = ruler.by_length(ruler.read(task, "test"))[length]
+        reference = ruler.by_length(ruler.read(ruler.REFERENCE[task], "test"))[length]["supervised"]
+        methods = [measured[row] for row in ("supervised", "self-training", ruler.RECOMMENDED)]
+        for cell, scores in zip(table[name], [*methods, reference], strict=True):
+            means = [scores.dice(scores.seeds, metric).mean() for metric in ("dice", "dice_largest")]
+            assert [float(value) for value in re.findall(r"[\d.]+", cell)] == pytest.approx(means, abs=0.0501), name
