@@ -361,7 +361,7 @@ def test_a_training_oversamples_what_the_model_found(written, tiny_dataset, monk
 @pytest.mark.parametrize(
     ("number", "change", "words"),
     [
-        ("999", None, "nnUNet_ssl_predicted_foreground=999 is no dataset"),
+        ("998", None, "nnUNet_ssl_predicted_foreground=998 is no dataset"),
         ("abc", None, "nnUNet_ssl_predicted_foreground=abc is no dataset"),
         ("701", None, "the labels of Dataset701_Tiny are not predicted ones"),
         ("981", {"dataset": "Dataset703_Other"}, "was labeled by a model of Dataset703_Other"),
