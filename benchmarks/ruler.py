@@ -91,6 +91,10 @@ def by_length(rows: dict[str, Scores]) -> dict[str, dict[str, Scores]]:
     return found
 
 
+def all_labels(task: str, on: str, length: str) -> Scores | None:
+    return by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
+
+
 def gap_closed(method: np.ndarray, supervised: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """The part of the gap that a method closes, and its 95 % bootstrap interval.
 
@@ -171,7 +175,7 @@ def closed_by(scores: Scores, supervised: Scores, reference: Scores, metric: str
 
 def table(task: str, on: str, length: str = "") -> str:
     rows, unit = by_length(read(task, on))[length], TASKS[task].unit
-    reference = by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
+    reference = all_labels(task, on, length)
     supervised, self_training = rows.get(SUPERVISED), rows.get(SELF_TRAINING)
     any_row = next(iter(rows.values()))
     lines = [
@@ -218,7 +222,7 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
         1, len(results), figsize=(2.7 * len(results), 1.8 + 0.45 * len(names)), sharey=True, squeeze=False
     )
     for axis, ((task, length), rows) in zip(axes[0], results.items(), strict=True):
-        reference = by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
+        reference = all_labels(task, on, length)
         for line, label, colour in ((rows.get(SUPERVISED), "supervised", "0.4"), (reference, "all labels", COLOURS[2])):
             if line is not None:
                 axis.axvline(line.metrics[..., 0].mean(), color=colour, zorder=0, label=label)
