@@ -16,7 +16,7 @@ import torch
 
 from nnunet_ssl.blocks.heads import FeatureDecoder
 from nnunet_ssl.blocks.losses import soft_dice_distance
-from nnunet_ssl.blocks.networks import finest, logits, require_stages, unwrap
+from nnunet_ssl.blocks.networks import finest, frozen, logits, require_stages, unwrap
 from nnunet_ssl.blocks.perturbations import adversarial_direction, in_float32
 from nnunet_ssl.blocks.prototypes import (
     ClassMemory,
@@ -101,7 +101,8 @@ class nnUNetTrainerSSNet(SemiSupervisedTrainer):
 
         with torch.no_grad(), in_float32(image.device):
             target = said(image.float())
-        direction = adversarial_direction(lambda x: soft_dice_distance(said(x), target).sum(), image, self.probe)
+        with frozen(self.network):  # where it is compiled, autograd would compute the gradients of its weights as well
+            direction = adversarial_direction(lambda x: soft_dice_distance(said(x), target).sum(), image, self.probe)
         return soft_dice_distance(said(image + self.radius * direction), target)
 
 
