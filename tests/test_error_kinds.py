@@ -1,0 +1,48 @@
+"""benchmarks/error_kinds.py: every wrong voxel is of one kind."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from error_kinds import KINDS, error_kinds
+
+REFERENCE = np.zeros((4, 16, 16), int)
+REFERENCE[1:3, 2:10, 2:10] = 1  # 128 voxels
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "to"),
+    [
+        ("edge", (1, 2, 5), 0),
+        ("edge", (2, 10, 10), 1),
+        ("missing", (1, 5, 5), 0),
+        ("too much", (1, slice(2, 10), slice(10, 12)), 1),
+        ("elsewhere", (1, 14, 14), 1),
+        ("class", (1, 5, 5), 2),
+    ],
+)
+def test_a_wrong_voxel_is_of_one_kind(kind, place, to):
+    prediction = REFERENCE.copy()
+    prediction[place] = to
+    found = error_kinds(prediction, REFERENCE, flat=True)
+    of_kind, at_edge = (8, 8) if kind == "too much" else (1, 0)  # the first column beside the heart is its edge
+    assert found.pop(kind) == pytest.approx(100 * of_kind / 128)
+    assert sum(found.values()) == pytest.approx(100 * at_edge / 128)
+
+
+def test_all_kinds_together_are_all_wrong_voxels():
+    prediction = np.random.default_rng(0).integers(0, 3, REFERENCE.shape)
+    for flat in (True, False):
+        found = error_kinds(prediction, REFERENCE, flat)
+        assert list(found) == list(KINDS)
+        assert sum(found.values()) == pytest.approx(100 * (prediction != REFERENCE).sum() / 128)
+
+
+def test_an_edge_in_3d_is_at_the_neighbouring_slice_too():
+    prediction = REFERENCE.copy()
+    prediction[1, 5, 5], prediction[3, 5, 5] = 0, 1  # the lowest slice, and above the highest
+    assert error_kinds(prediction, REFERENCE, flat=False)["edge"] == pytest.approx(200 / 128)
+    assert error_kinds(prediction, REFERENCE, flat=True)["edge"] == 0
