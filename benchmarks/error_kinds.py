@@ -3,7 +3,7 @@
     python benchmarks/error_kinds.py "LA-4, supervised" "LA-4, nnUNetTrainerM3HL" "LA-60, supervised" [--on test]
 
 Reads what methods.py has predicted into nnUNet_results/TASK/seed_N/ROW, all seeds that are there, and writes
-results/error_kinds.md. Every voxel that is wrong is of one kind:
+results/error_kinds.md and a picture of it. Every voxel that is wrong is of one kind:
 
 - *elsewhere*: foreground in a piece that touches the reference nowhere; nnU-Net's postprocessing can remove it;
 - *edge*: within a voxel of the reference's boundary (in the slice, where the network is 2D);
@@ -14,19 +14,23 @@ The percentages are means over the scans. A per cent of wrong voxels costs about
 """
 
 import argparse
+import re
 import statistics
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.paths import nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from scipy import ndimage
-from tasks import RESULTS, TASKS
+from tasks import RESULTS, STEPS_PER_EPOCH, TASKS
 
+from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
 
 EVERYWHERE = np.ones((3, 3, 3), bool)
+PICTURE = Path(__file__).parents[1] / "docs" / "error_kinds.png"
 KINDS = ("edge", "missing", "too much", "elsewhere", "class")
 
 
@@ -71,6 +75,30 @@ def read(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
+def draw(rows: dict[str, list[float]], file: Path) -> None:
+    """A bar per row, of the means of the KINDS; tasks apart."""
+    tasks = [name.split("-")[0] for name in rows]
+    heights = [i + 0.6 * len(set(tasks[: i + 1])) for i in range(len(rows))]
+    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.42 * len(rows)))
+    left = np.zeros(len(rows))
+    for kind, values, colour in zip(KINDS, np.transpose([*rows.values()]), COLOURS, strict=False):
+        axis.barh(heights, values, 0.75, left, label=kind, color=colour)
+        left += values
+    axis.set_yticks(heights, [with_steps(name.replace("nnUNetTrainer", "")) for name in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("wrong voxels, % of the reference's foreground")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.4, 1))
+    figure.tight_layout()
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def with_steps(name: str) -> str:
+    return re.sub(r"num_epochs=(\d+)", lambda found: f"{int(found[1]) * STEPS_PER_EPOCH:,} steps", name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help="task and row, as in the tables")
@@ -83,13 +111,16 @@ def main() -> None:
         f"| task, row | seeds | {' | '.join(KINDS)} | all |",
         f"|---|---|{'---|' * len(KINDS)}---|",
     ]
+    drawn = {}
     for name in args.rows:
         seeds, found = of_row(*name.split(", ", 1), args.on)
-        means = [statistics.mean(kinds[kind] for kinds in found) for kind in KINDS]
+        drawn[name] = means = [statistics.mean(kinds[kind] for kinds in found) for kind in KINDS]
         lines.append(f"| {name} | {seeds} | {' | '.join(f'{mean:.1f}' for mean in [*means, sum(means)])} |")
         print(lines[-1], flush=True)
     with replacing(RESULTS / "error_kinds.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
+    if args.on == "test":
+        draw(drawn, PICTURE)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ length, in a table of their own, as soon as `supervised` is measured at that len
 Where a method has other seeds than `supervised` or self-training, the comparison is of the seeds that both have, the
 column Dice of all. Rows that are trained alone took half the steps of `supervised`. The reference of LA has learnt from
 all 60 scans, the methods saw 52 images: the other 8 are for development. A class that is not found has no distance: how
-many cases lack one is said.
+many cases lack one is said. An ensemble is compared with ensembles of the same seeds.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -48,6 +49,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
 PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
 RECOMMENDED = "nnUNetTrainerM3HL"
 RESAMPLES = 5000
+LONGER = rf"{SUPERVISED}, num_epochs=\d+"
 
 
 class Scores:
@@ -85,10 +87,15 @@ def by_length(rows: dict[str, Scores]) -> dict[str, dict[str, Scores]]:
     Returns: "" to those of the task's own length and the rest, "num_epochs=N" to rows whose names do not repeat that.
     """
     found = {"": dict(rows)}
-    for length in [name.removeprefix(f"{SUPERVISED}, ") for name in rows if name.startswith(f"{SUPERVISED}, num_e")]:
+    for length in [name.removeprefix(f"{SUPERVISED}, ") for name in rows if re.fullmatch(LONGER, name)]:
         names = [name for name in rows if length in name.split(", ")]
         found[length] = {name.replace(f", {length}", ""): found[""].pop(name) for name in names}
     return found
+
+
+def partner(rows: dict[str, Scores], name: str, of: str) -> Scores | None:
+    """Supervised training or self-training, `of`, that a row is compared with: of an ensemble their ensemble."""
+    return rows.get(", ".join([of, *(part for part in name.split(", ") if part.startswith("ensemble of "))]))
 
 
 def all_labels(task: str, on: str, length: str) -> Scores | None:
@@ -147,9 +154,9 @@ def pooled(tasks: dict[str, dict[str, Scores]], name: str, other: str = SELF_TRA
     """
     means, of_patients = [], {}
     for task, rows in tasks.items():
-        if not {name, other} <= rows.keys():
+        method, compared = rows.get(name), partner(rows, name, other)
+        if not method or not compared:
             continue
-        method, compared = rows[name], rows[other]
         seeds = [seed for seed in method.seeds if seed in compared.seeds]
         if not seeds:
             continue
@@ -176,7 +183,6 @@ def closed_by(scores: Scores, supervised: Scores, reference: Scores, metric: str
 def table(task: str, on: str, length: str = "") -> str:
     rows, unit = by_length(read(task, on))[length], TASKS[task].unit
     reference = all_labels(task, on, length)
-    supervised, self_training = rows.get(SUPERVISED), rows.get(SELF_TRAINING)
     any_row = next(iter(rows.values()))
     lines = [
         f"{task}{length and f', {length}'}, {len(any_row.patients)} {on} patients. Dice in percent; HD95 and ASD in "
@@ -193,9 +199,10 @@ def table(task: str, on: str, length: str = "") -> str:
         seed_means = zip(scores.seeds, scores.dice(scores.seeds).mean(1), strict=True)
         each = ", ".join(f"{mean:.2f} ({seed})" for seed, mean in seed_means)
         closed, compared = {"dice": "", "dice_largest": ""}, ""
-        if supervised and reference and name not in (SUPERVISED, "all labels"):
+        supervised, self_training = partner(rows, name, SUPERVISED), partner(rows, name, SELF_TRAINING)
+        if supervised and reference and scores is not supervised and name != "all labels":
             closed = {metric: closed_by(scores, supervised, reference, metric) for metric in closed}
-        if self_training and name not in (SELF_TRAINING, "all labels"):
+        if self_training and scores is not self_training and name != "all labels":
             difference, p = against(scores, self_training)
             compared = "" if np.isnan(difference) else f"{difference:+.2f}" + (f", p = {p:.3f}" if p >= 0 else "")
         figures = " | ".join(f"{value:.2f}" for value in means[1:3])

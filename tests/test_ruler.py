@@ -66,6 +66,25 @@ def test_longer_trainings_are_compared_with_supervised_training_of_that_length(t
     assert "num_epochs=40 |" not in short + long
 
 
+def test_an_ensemble_is_compared_with_an_ensemble(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.RESULTS", tmp_path)
+    ensemble = ", num_epochs=40, ensemble of seeds 0 1"
+    dice = {"supervised, num_epochs=40": 60, "x, num_epochs=40": 80, f"supervised{ensemble}": 70, f"x{ensemble}": 80}
+    for task, means in (("ACDC-3", dice), ("ACDC-60", {"supervised, num_epochs=40": 100})):
+        lines = [
+            row for name, mean in means.items() for row in rows(name, {0: {f"case{n}": mean + n - 2 for n in range(5)}})
+        ]
+        with (tmp_path / f"{task}.csv").open("w", newline="") as f:
+            csv.writer(f).writerows([["header"], *lines])
+    lengths = ruler.by_length(ruler.read("ACDC-3", "test"))
+    assert list(lengths) == ["", "num_epochs=40"]
+    table = ruler.table("ACDC-3", "test", "num_epochs=40").splitlines()
+    single, joint = (next(line for line in table if line.startswith(f"| x{end}")) for end in (" |", ", ensemble"))
+    assert "50 %" in single
+    assert "33 %" in joint
+    assert np.isnan(ruler.pooled({"ACDC-3": lengths["num_epochs=40"]}, "x, ensemble of seeds 0 1")[0])
+
+
 def test_cost_is_in_first_phases_of_the_same_day():
     fast = ["x", "0", "10", "25", "10", "case", "80", "1", "1", "80"]
     slow = ["x", "1", "20", "50", "20", "case", "80", "1", "1", "80"]

@@ -119,6 +119,7 @@ def test_the_table_of_methods_has_every_trainer_with_its_paper_cost_and_dice():
 GAINS = {  # rows of the README's table
     "left atrium, 8 labeled scans": ("LA-8", ""),
     "left atrium, 4 labeled scans": ("LA-4", ""),
+    "left atrium, 4, the other half four times as long": ("LA-4", "num_epochs=64"),
     "ACDC, 7 labeled patients": ("ACDC-7", ""),
     "ACDC, 3 labeled patients": ("ACDC-3", ""),
     "ACDC, 3, the other half four times as long": ("ACDC-3", "num_epochs=40"),
@@ -133,7 +134,8 @@ def test_the_gains_of_the_readme_are_those_of_the_measured_cases():
     for name, (task, length) in GAINS.items():
         measured = ruler.by_length(ruler.read(task, "test"))[length]
         reference = ruler.by_length(ruler.read(ruler.REFERENCE[task], "test"))[length]["supervised"]
-        methods = [measured[row] for row in ("supervised", "self-training", ruler.RECOMMENDED)]
+        methods = [measured.get(row) for row in ("supervised", "self-training", ruler.RECOMMENDED)]
         for cell, scores in zip(table[name], [*methods, reference], strict=True):
-            means = [scores.dice(scores.seeds, metric).mean() for metric in ("dice", "dice_largest")]
-            assert [float(value) for value in re.findall(r"[\d.]+", cell)] == pytest.approx(means, abs=0.0501), name
+            means = scores and [scores.dice(scores.seeds, metric).mean() for metric in ("dice", "dice_largest")]
+            values = [float(value) for value in re.findall(r"[\d.]+", cell)]
+            assert values == pytest.approx(means or [], abs=0.0501), name
