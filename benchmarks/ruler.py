@@ -49,6 +49,8 @@ PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
 PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
 RECOMMENDED = "nnUNetTrainerM3HL"
 RESAMPLES = 5000
+PANELS = 3  # side by side
+ONLY_IN_TABLES = r", alone$|, ensemble of | \+ "
 LONGER = rf"{SUPERVISED}, num_epochs=\d+"
 
 
@@ -218,17 +220,19 @@ def table(task: str, on: str, length: str = "") -> str:
 def draw(tasks: list[str], on: str, file: Path) -> None:
     """A panel per task and length: a point per row and seed, between the supervised line and that of all labels.
 
-    Rows that are trained alone, with half of the steps, are in the tables and in docs/methods.md.
+    Rows that are trained alone, with half of the steps, and ensembles are in the tables only.
     """
     results = {}
     for task in tasks:
         for length, rows in by_length(read(task, on)).items():
-            results[task, length] = {name: row for name, row in rows.items() if not name.endswith(", alone")}
+            results[task, length] = {name: row for name, row in rows.items() if not re.search(ONLY_IN_TABLES, name)}
     names = list(dict.fromkeys(name for rows in results.values() for name in rows))
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(2.7 * len(results), 1.8 + 0.45 * len(names)), sharey=True, squeeze=False
-    )
-    for axis, ((task, length), rows) in zip(axes[0], results.items(), strict=True):
+    lines = -(-len(results) // PANELS)
+    size = (3.2 * PANELS, 0.8 + lines * (1.2 + 0.38 * len(names)))
+    figure, axes = plt.subplots(lines, PANELS, figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    for axis, ((task, length), rows) in zip(axes.flat, results.items(), strict=False):
         reference = all_labels(task, on, length)
         for line, label, colour in ((rows.get(SUPERVISED), "supervised", "0.4"), (reference, "all labels", COLOURS[2])):
             if line is not None:
@@ -245,10 +249,12 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
         axis.set_xlabel(f"Dice, {on} scans (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(len(names) - 0.5, -0.7)
-    axes[0][0].set_yticks(range(len(names)), [name.removeprefix("nnUNetTrainer") for name in names])
+        axis.tick_params(labelsize=9)
+    short = [name.removeprefix("nnUNetTrainer").replace(", ", ",\n", 1) for name in names]
+    axes[0][0].set_yticks(range(len(names)), short)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.4 / size[1], 1, 1))
     with replacing(file) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
