@@ -125,6 +125,17 @@ def test_the_default_noise_is_above_the_resolution_of_half_precision():
         assert trainer.probe > torch.finfo(torch.bfloat16).eps
 
 
+def test_no_gradient_of_a_weight_is_computed_where_a_direction_is_looked_for(tiny_dataset):
+    # a compiled network would compute them all, and they would be thrown away
+    trainer, wanted = started(nnUNetTrainerSSNet, tiny_dataset), []
+    parameters = list(trainer.network.parameters())
+    trainer.network.encoder.register_forward_pre_hook(
+        lambda *_: wanted.append(torch.is_grad_enabled() and {p.requires_grad for p in parameters})
+    )
+    trainer.smoothness(CLASSES.random_batch(2).image)
+    assert wanted == [False, {False}, {True}]  # target, direction, changed image
+
+
 def test_no_more_voxels_of_a_class_are_compared_than_set(tiny_dataset):
     trainer, seen = started(nnUNetTrainerSSNet, tiny_dataset, voxels=50), []
     trainer.companions.heads.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
