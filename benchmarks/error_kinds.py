@@ -1,11 +1,11 @@
 """What kinds of errors the predictions of methods.py have, as parts of the reference's foreground.
 
-    python benchmarks/error_kinds.py "LA-4, supervised" "LA-4, nnUNetTrainerM3HL" "LA-60, supervised" [--on test]
+    python benchmarks/error_kinds.py "LA-4, supervised" "LA-4, nnUNetTrainerM3HL" "LA-60, supervised"
 
-Reads what methods.py has predicted into nnUNet_results/TASK/seed_N/ROW, all seeds that are there, and writes
-results/error_kinds.md and a picture of it. Every voxel that is wrong is of one kind:
+Reads what methods.py has predicted for the test scans into nnUNet_results/TASK/seed_N/ROW, all seeds that are there,
+and writes results/error_kinds.md and docs/error_kinds.png. Every voxel that is wrong is of one kind:
 
-- *elsewhere*: foreground in a piece that touches the reference nowhere; nnU-Net's postprocessing can remove it;
+- *elsewhere*: foreground in a piece that overlaps the reference nowhere; nnU-Net's postprocessing can remove it;
 - *edge*: within a voxel of the reference's boundary (in the slice, where the network is 2D);
 - *missing*, *too much*: reference that is not found, and foreground that is none, farther from the boundary;
 - *class*: foreground of the wrong class.
@@ -59,13 +59,13 @@ def error_kinds(prediction: np.ndarray, reference: np.ndarray, flat: bool) -> di
     return {kind: 100 * found[kind].sum() / theirs.sum() for kind in KINDS}
 
 
-def of_row(task: str, row: str, on: str) -> tuple[int, list[dict[str, float]]]:
+def of_row(name: str) -> tuple[int, list[dict[str, float]]]:
     """Number of seeds, and the kinds of every prediction of theirs."""
-    folder = "labelsTs" if on == "test" else "labelsTr"
-    references = Path(nnUNet_raw) / str(maybe_convert_to_dataset_name(TASKS[task].dataset)) / folder
-    seeds = sorted((Path(nnUNet_results) / task).glob(f"seed_*/{row.replace(', ', '_')}/predicted_{on}"))
-    if not seeds:
-        raise SystemExit(f"{task} has no predictions of {row!r} ({on} scans) in {nnUNet_results}: run methods.py.")
+    task, _, row = name.partition(", ")
+    seeds = sorted((Path(nnUNet_results) / task).glob(f"seed_*/{row.replace(', ', '_')}/predicted_test"))
+    if task not in TASKS or not seeds:
+        raise SystemExit(f"{nnUNet_results} has no predictions of {name!r}: run methods.py.")
+    references = Path(nnUNet_raw) / str(maybe_convert_to_dataset_name(TASKS[task].dataset)) / "labelsTs"
     files = [file for seed in seeds for file in sorted(seed.glob("*.nii.gz"))]
     flat = TASKS[task].base == "2d"
     return len(seeds), [error_kinds(read(file), read(references / file.name), flat) for file in files]
@@ -102,10 +102,9 @@ def with_steps(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help="task and row, as in the tables")
-    parser.add_argument("--on", choices=["test", "development"], default="test")
     args = parser.parse_args()
     lines = [
-        f"Wrong voxels in percent of the reference's foreground, means over the {args.on} scans. "
+        "Wrong voxels in percent of the reference's foreground, means over the test scans. "
         "`benchmarks/error_kinds.py` explains the kinds.",
         "",
         f"| task, row | seeds | {' | '.join(KINDS)} | all |",
@@ -113,14 +112,13 @@ def main() -> None:
     ]
     drawn = {}
     for name in args.rows:
-        seeds, found = of_row(*name.split(", ", 1), args.on)
+        seeds, found = of_row(name)
         drawn[name] = means = [statistics.mean(kinds[kind] for kinds in found) for kind in KINDS]
         lines.append(f"| {name} | {seeds} | {' | '.join(f'{mean:.1f}' for mean in [*means, sum(means)])} |")
         print(lines[-1], flush=True)
     with replacing(RESULTS / "error_kinds.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-    if args.on == "test":
-        draw(drawn, PICTURE)
+    draw(drawn, PICTURE)
 
 
 if __name__ == "__main__":

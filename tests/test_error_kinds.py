@@ -34,11 +34,19 @@ def test_a_wrong_voxel_is_of_one_kind(kind, place, to):
 
 
 def test_all_kinds_together_are_all_wrong_voxels():
-    prediction = np.random.default_rng(0).integers(0, 3, REFERENCE.shape)
-    for flat in (True, False):
+    anything, beside = np.random.default_rng(0).integers(0, 3, REFERENCE.shape), np.zeros_like(REFERENCE)
+    beside[1, 10, 5] = 1  # at the edge, and a piece of its own
+    for prediction, flat in ((anything, True), (anything, False), (beside, True)):
         found = error_kinds(prediction, REFERENCE, flat)
         assert list(found) == list(KINDS)
         assert sum(found.values()) == pytest.approx(100 * (prediction != REFERENCE).sum() / 128)
+
+
+def test_where_the_image_ends_there_is_no_edge():
+    reference = np.ones((2, 4, 4), int)
+    prediction = reference.copy()
+    prediction[0, 0, 0] = 0
+    assert error_kinds(prediction, reference, flat=False)["missing"] == pytest.approx(100 / 32)
 
 
 def test_an_edge_in_3d_is_at_the_neighbouring_slice_too():

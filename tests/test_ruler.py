@@ -19,6 +19,13 @@ def rows(name, dice):
     return [[name, str(s), "10", "20", "10", case, d, "1.0", "1.0", "90.0"] for s, case, d in values]
 
 
+def write(file, means):
+    """A task's table: five cases around the mean of each row, of seed 0."""
+    cases = {name: {f"case{n}": mean + n - 2 for n in range(5)} for name, mean in means.items()}
+    with file.open("w", newline="") as f:
+        csv.writer(f).writerows([["header"], *(row for name in cases for row in rows(name, {0: cases[name]}))])
+
+
 def test_the_part_of_the_gap_and_its_interval():
     generator = np.random.default_rng(0)
     supervised = generator.uniform(50, 70, (3, 12))
@@ -50,13 +57,7 @@ def test_longer_trainings_are_compared_with_supervised_training_of_that_length(t
     monkeypatch.setattr("tasks.RESULTS", tmp_path)
     for task, dice in (("ACDC-3", (60, 80, 70, 81)), ("ACDC-60", (90, None, 100, None))):
         names = ("supervised", "x", "supervised, num_epochs=40", "x, mask_cells=2, num_epochs=40")
-        lines = [
-            row
-            for name, mean in zip(names, dice, strict=True)
-            for row in (rows(name, {0: {f"case{n}": mean + n - 2 for n in range(5)}}) if mean else [])
-        ]
-        with (tmp_path / f"{task}.csv").open("w", newline="") as f:
-            csv.writer(f).writerows([["header"], *lines])
+        write(tmp_path / f"{task}.csv", {n: mean for n, mean in zip(names, dice, strict=True) if mean})
     assert list(ruler.by_length(ruler.read("ACDC-3", "test"))) == ["", "num_epochs=40"]
     short, long = (ruler.table("ACDC-3", "test", length) for length in ("", "num_epochs=40"))
     (row,) = (line for line in short.splitlines() if line.startswith("| x "))
@@ -70,12 +71,9 @@ def test_an_ensemble_is_compared_with_an_ensemble(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.RESULTS", tmp_path)
     ensemble = ", num_epochs=40, ensemble of seeds 0 1"
     dice = {"supervised, num_epochs=40": 60, "x, num_epochs=40": 80, f"supervised{ensemble}": 70, f"x{ensemble}": 80}
+    dice["self-training, num_epochs=40"] = 65
     for task, means in (("ACDC-3", dice), ("ACDC-60", {"supervised, num_epochs=40": 100})):
-        lines = [
-            row for name, mean in means.items() for row in rows(name, {0: {f"case{n}": mean + n - 2 for n in range(5)}})
-        ]
-        with (tmp_path / f"{task}.csv").open("w", newline="") as f:
-            csv.writer(f).writerows([["header"], *lines])
+        write(tmp_path / f"{task}.csv", means)
     lengths = ruler.by_length(ruler.read("ACDC-3", "test"))
     assert list(lengths) == ["", "num_epochs=40"]
     table = ruler.table("ACDC-3", "test", "num_epochs=40").splitlines()

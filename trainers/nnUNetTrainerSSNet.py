@@ -9,7 +9,8 @@ radius and probe are root mean squares, those of the released code on patches of
 all patches, as in the released 2D code (its 3D code has one that certainty makes smaller), labeled scans have nnU-Net's
 Dice and cross entropy with deep supervision, the ramp-up is a part of the training, and the weight is doubled because
 nnU-Net's Dice + cross entropy is about twice that code's Dice alone. Where there is batch normalisation it sees the
-changed patches too. Features are those in front of the last head; regions have memories as classes have.
+changed patches too, and where it or dropout is, the direction is that of the network in eval mode. Features are those
+in front of the last head; regions have memories as classes have.
 """
 
 import torch
