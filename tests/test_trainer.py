@@ -504,13 +504,18 @@ def test_two_workers_serve_both_phases_and_end_with_the_training(tiny_dataset, t
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
 def test_control_c_leaves_no_worker_behind(tiny_dataset, tmp_path):
-    results = tmp_path / "results"
-    process = faults.start(
-        tiny_dataset, results, workers=2, inside=lambda trainer: vars(trainer).update(num_epochs=10**6)
-    )
-    table = faults.fold_folder(tiny_dataset, results) / "losses.csv"
+    in_step = tmp_path / "in_step"
+
+    def stay_in_a_step(trainer):  # matplotlib may swallow the exception where an epoch's pictures are drawn
+        def train_step(batch):
+            in_step.touch()
+            time.sleep(faults.PATIENCE)
+
+        trainer.train_step = train_step
+
+    process = faults.start(tiny_dataset, tmp_path / "results", workers=2, inside=stay_in_a_step)
     try:
-        assert faults.wait_for(table.is_file, process)
+        assert faults.wait_for(in_step.is_file, process)
         workers = children(process.pid)
         assert len(workers) >= 3  # two for training, one for validation
         os.kill(process.pid, signal.SIGINT)
