@@ -395,8 +395,7 @@ def other_faults() -> list[Fault]:
             ),
             Fault(
                 f"Ctrl-C{end}",
-                None,
-                signalled(signal.SIGINT, in_epoch(1)),
+                harm_in_epoch(2, lambda dataset: os.kill(os.getpid(), signal.SIGINT)),
                 workers=workers,
                 ends_by=None,
                 says="KeyboardInterrupt",
