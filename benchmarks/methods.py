@@ -1,6 +1,6 @@
 """Benchmark of methods on two real datasets: trains, predicts, and adds Dice and distances of every case to a table.
 
-    nnunet-ssl convert la -i LA -d 501 --train-list la_dev_train.list --test-list la_dev_test.list
+    nnunet-ssl convert la -i LA -d 501 --train-list la_train.list --test-list la_test.list
     nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -overwrite_target_spacing 2.5 2.5 2.5
     nnunet-ssl convert acdc -i ACDC -d 503 --test-list acdc_val.list
     nnUNetv2_plan_and_preprocess -d 503 -c 2d
@@ -8,10 +8,15 @@
     python benchmarks/methods.py run ACDC-3 supervised self-training nnUNetTrainerM3HL --seeds 0 1 2
     python benchmarks/methods.py run ACDC-3 nnUNetTrainerM3HL --set unmixed=0.4 --on development
     python benchmarks/methods.py run ACDC-3 nnUNetTrainerM3HL --alone       # one phase, from random weights
+    python benchmarks/methods.py run ACDC-3 self-training --alone           # its student from random weights
     python benchmarks/methods.py run ACDC-3 nnUNetTrainerM3HL --seeds 0 1 2 --ensemble
     python benchmarks/methods.py run LA-4 self-training --labelers 0 1 2 --ignore-uncertain
     python benchmarks/methods.py queue benchmarks/queue.txt                 # lines like those above; one call per core
     python benchmarks/ruler.py                                              # the tables and the picture
+
+The lists have a case on every line. Left atrium: the first 60 and the last 20 of TRAIN_CASES in
+dataset_conversion/la.py; ACDC: patientNNN_frame01 and patientNNN_frame02 of VAL_PATIENTS in dataset_conversion/acdc.py.
+So the test scans are not those of the published lists.
 
 A path has two phases of the same number of steps, each with nnU-Net's own learning-rate decay. The first one is
 `nnUNetTrainer` on the labeled scans and shared: every second phase of a task and seed starts from its weights,
@@ -184,9 +189,12 @@ def trained(run: Run, dataset: str) -> tuple[Path, list[float]]:
         if first.folder != run.folder:  # whose lock this process holds
             with locked(first.folder / "lock"):
                 train(first, dataset)
+    labels = run.method == SELF_TRAINING or run.predicted_foreground
     if not run.alone:
-        start, seconds[0] = checkpoint(firsts[0], dataset), sum(cpu_seconds(f.folder / SECONDS_FILE) for f in firsts)
-    if run.method == SELF_TRAINING or run.predicted_foreground:
+        start = checkpoint(firsts[0], dataset)
+    if labels or not run.alone:
+        seconds[0] = sum(cpu_seconds(f.folder / SECONDS_FILE) for f in firsts)
+    if labels:
         name, seconds[1] = label_scans(run, dataset)
         trained_on = name if run.method == SELF_TRAINING else dataset
     train(run, trained_on, start)
