@@ -388,6 +388,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
+        if 0 < self.supervised_epochs == self.current_epoch:
+            # new like _best_ema, or the networks of the phase before would be rated with those of this one
+            logged = self.logger.local_logger.my_fantastic_logging
+            logged["ema_fg_dice"][-1] = logged["mean_fg_dice"][-1]
         dice = dice_by_network(self._overlaps)
         if self.local_rank != 0:
             return

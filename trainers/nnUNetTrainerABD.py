@@ -3,10 +3,11 @@
 Of its two displacements this host has the one of unsure blocks (ABD-R). Differs from the released code on purpose: the
 grid is defined by count (released: 4 x 4 blocks of a slice), in 3D too, and the surest quarter of the blocks are
 candidates, and a block that is moved is that of the image before anything has moved (released: the second move sees the
-first). What differs of BCP is as in nnUNetTrainerBCP; labeled scans have one view, the teacher labels the weak view for
-both students, the first phase trains one student and copies it, and both have one optimizer. nnU-Net's Dice + cross
-entropy, here the mean over both mixes, has the scale of that code's loss, half of it summed over both: the weights are
-those released. The first student is deployed, as in BCP.
+first). What differs of BCP is as in nnUNetTrainerBCP, but that a loss is the mean of those of both mixes, where nnU-Net
+takes Dice over the batch too; labeled scans have one view, the teacher labels the weak view for both students, the
+first phase trains one student and copies it, and both have one optimizer. nnU-Net's Dice + cross entropy, here the mean
+over both mixes, has the scale of that code's loss, half of it summed over both: the weights are those released. The
+first student is deployed, as in BCP.
 """
 
 import torch

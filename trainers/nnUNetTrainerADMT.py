@@ -5,10 +5,10 @@ mixed with the image (released: it is that of the unmixed one), every voxel coun
 probabilities are close to 0 and 1 (released: those above 0.8 or 0.95), pseudo labels have nnU-Net's cross entropy and
 Dice (released: the one on LA, the other on ACDC), the box has one size and lies inside of the patch, both teachers are
 in eval mode, the strong view is nnU-Net's intensity augmentation, the teachers' warm-up is that of Mean Teacher
-(released: copies until the ramp-up has ended), and the ramp-up is a part of the training. The weight stands as released
-before pseudo labels' cross entropy plus Dice, which is twice their mean: half of what the released weight is to the
-labeled loss, that has been doubled too. With a batch of one there is no other patch for the box. The student is
-deployed, as in the released code.
+(released: copies until the ramp-up has ended; teacher_2 copies the student never quite), and the ramp-up is a part of
+the training. The weight stands as released before pseudo labels' cross entropy plus Dice, which is twice their mean, as
+nnU-Net's labeled loss is of the released one: their ratio is the released one. With a batch of one there is no other
+patch for the box. The student is deployed, as in the released code.
 """
 
 from math import log2

@@ -2,7 +2,8 @@
 
 Differs from the released code on purpose: cross supervision acts on unlabeled images only and is ramped up, both as in
 the SSL4MIS benchmark; its weight lies between that benchmark's (0.1, or 0.2 where the supervised loss is nnU-Net's) and
-the paper's (1.5). The first student is deployed. With -pretrained_weights only the first student starts from them.
+the paper's (1.5). The first student is deployed. With -pretrained_weights only the first student starts from them, and
+after a supervised phase only it has learnt: the second student begins with random weights.
 """
 
 from nnunet_ssl.blocks.losses import cross_entropy, labeled_loss

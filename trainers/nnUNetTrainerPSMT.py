@@ -5,12 +5,12 @@ size is a part of the features' (released: an L2 norm of 2, about a fiftieth of 
 20,000 values), its direction is found in float32 from a probe that convolutions do not round away (released: 1e-6), the
 teachers' logits are averaged as they are (released: only those of seven classes), the box of CutMix has one size and
 lies inside of the patch, and the strong view is nnU-Net's intensity augmentation. There are no epochs in which the
-three networks learn from labels alone, each for itself: the ramp-up of the unlabeled weight, a part of the training,
-has their place. (`supervised_part` in a trainer of your own is such a phase too, after which all three are copies of
-one network; it is off, as in the other methods.) Labeled scans have nnU-Net's Dice and cross entropy, about twice the
-cross entropy alone, and so the unlabeled weight is doubled. The paper predicts with the mean of the teachers' logits.
-Deployed is one network, the student, the only one that learns in every epoch; `nnunet-ssl export --network teacher
-teacher_2` makes the paper's ensemble.
+three networks learn from labels alone, each for itself: the ramp-up of the unlabeled weight, a part of the training and
+a sigmoid (released: a cosine), has their place. (`supervised_part` in a trainer of your own is such a phase too, after
+which all three are copies of one network; it is off.) Labeled scans have nnU-Net's Dice and cross entropy, about twice
+the cross entropy alone, and so the unlabeled weight is doubled. The paper predicts with the mean of the teachers'
+logits. Deployed is one network, the student, the only one that learns in every epoch; `nnunet-ssl export --network
+teacher teacher_2` makes the paper's ensemble.
 """
 
 import torch

@@ -1,16 +1,17 @@
 """SS-Net, smoothness and class separation: Wu et al. 2022 (arXiv:2203.01324).
 
 Differs from the released code on purpose: the memory keeps the vectors that its selectors rate best (released: the
-worst, by an ascending sort), the mean of the separation is over the foreground classes (released: the background
-counts in the divisor, not in the sum), at most 4,096 random voxels of a class are compared (released: all), the
-projector and its like have layer normalisation (released: batch normalisation, which several GPUs would have to share),
-radius and probe are root mean squares, those of the released code on patches of 112 x 112 x 80 (released: L2 norms of
-10, so that larger patches are changed less), the direction is found in float32, the distance is a Dice with squares on
-all patches, as in the released 2D code (its 3D code has one that certainty makes smaller), labeled scans have nnU-Net's
-Dice and cross entropy with deep supervision, the ramp-up is a part of the training, and the weight is doubled because
-nnU-Net's Dice + cross entropy is about twice that code's Dice alone. Where there is batch normalisation it sees the
-changed patches too, and where it or dropout is, the direction is that of the network in eval mode. Features are those
-in front of the last head; regions have memories as classes have.
+worst, by an ascending sort), the mean of the separation is over the foreground classes (released: the background counts
+in the divisor, not in the sum), at most 4,096 random voxels of a class are compared (released: all), the projector and
+its like have layer normalisation (released: batch normalisation, which several GPUs would have to share), radius and
+probe are root mean squares, those of the released code on patches of 112 x 112 x 80 (released: L2 norms of 10, so that
+larger patches are changed less), the direction is found in float32, the distance is a Dice with squares on all patches,
+as in the released 2D code (its 3D code has one that certainty makes smaller), labeled scans have nnU-Net's Dice and
+cross entropy with deep supervision, the ramp-up is a part of the training, and the weight is doubled because nnU-Net's
+Dice + cross entropy is about twice that code's Dice alone. Weight and radius are those for the left atrium: for ACDC
+the same rules give 0.2 and 0.0234. Where there is batch normalisation it sees the changed patches too, and where it or
+dropout is, the direction is that of the network in eval mode. Features are those in front of the last head; regions
+have memories as classes have.
 """
 
 import torch

@@ -203,6 +203,9 @@ def compile_in_place(network: nn.Module) -> None:
     Its type, the names of its weights and `forward_with_features` stay as they are. Networks of one architecture share
     the compiled code. A deepcopy is not compiled. Sizes are fixed: a batch of another size is compiled anew.
     """
+    # networks of one class share the versions that torch allows, 8 by itself, of which training and validation have one
+    # each; what comes later would not be compiled
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     network = unwrap(network)
     for part in (network.encoder, network.decoder) if has_stages(network) else (network,):
         part.compile(dynamic=False)

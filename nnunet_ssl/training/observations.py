@@ -11,6 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, autocast, nn
 
 from nnunet_ssl.blocks.networks import finest, forward_with_features, has_stages, logits, of_all_ranks, unwrap
+from nnunet_ssl.blocks.perturbations import in_float32
 from nnunet_ssl.blocks.pseudo_labels import hard_labels, probabilities
 from nnunet_ssl.data.loading import Batch
 
@@ -65,9 +66,10 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
         pseudo = own if labeler is student else logits(labeler, view)
     if features is not None and len(patches) > 1:
         # in float32: near 0 is where a collapse shows
-        features = F.normalize(features.float().flatten(1))
-        pairs = len(patches) * (len(patches) - 1)
-        values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
+        with in_float32(features.device):
+            features = F.normalize(features.float().flatten(1))
+            pairs = len(patches) * (len(patches) - 1)
+            values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
     found = foreground(pseudo, regions)
     confidence = probabilities(pseudo, regions=regions).amax(1)
     values["pseudo_foreground"] = found.float().mean()

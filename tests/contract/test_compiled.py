@@ -17,7 +17,7 @@ from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
 from torch import nn
 from torch._dynamo.utils import counters
 
-from nnunet_ssl.blocks.networks import frozen_copy
+from nnunet_ssl.blocks.networks import compile_in_place, frozen_copy
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
@@ -157,3 +157,13 @@ def test_a_teacher_that_is_not_compiled_is_seen(tiny_dataset, compiling):
     trainer = started(EagerTeacher, tiny_dataset, "3d_fullres")
     _, eager = steps(trainer, next(trainer.dataloader_train))
     assert eager > 0
+
+
+def test_more_versions_of_a_network_than_torch_allows_by_itself_stay_compiled(compiling, without_code, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
+    networks = [nn.Sequential(nn.Linear(2, 2), nn.Dropout(p / 20)) for p in range(10)]  # as many versions of one code
+    for network in networks:
+        compile_in_place(network)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for network in networks:
+        network(torch.zeros(1, 2))

@@ -203,6 +203,13 @@ def test_collapsed_features_have_no_distance(tiny_dataset):
     assert float(observed(trainer, CLASSES.random_batch(2))["feature_distance"]) == pytest.approx(0, abs=1e-5)
 
 
+def test_features_are_compared_in_float32(tiny_dataset):
+    trainer = started(nnUNetTrainerM3HL, tiny_dataset)
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = float(observed(trainer, CLASSES.random_batch(2))["feature_distance"])
+    assert (512 * distance) % 1 != 0  # cosines in bfloat16 are multiples of 1/256 near 1
+
+
 # ---- Dice of every network ----
 
 

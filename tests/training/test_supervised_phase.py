@@ -110,6 +110,24 @@ def test_at_the_boundary_companions_learning_rate_and_momentum_are_new(tiny_data
     assert not same(weights(trainer.companions.student_2), weights(trainer.network))
 
 
+def test_the_best_network_of_the_second_phase_is_rated_by_this_phase_alone(tiny_dataset, monkeypatch):
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **TWO_AND_TWO)
+    dice, saved, validated = iter([0.9, 0.9, 0.5, 0.8]), [], nnUNetTrainer.on_validation_epoch_end
+
+    def on_validation_epoch_end(self, outputs):
+        counts = {"tp_hard": 100 * next(dice), "fp_hard": 0, "fn_hard": 0}
+        counts["fp_hard"] = counts["fn_hard"] = 100 - counts["tp_hard"]
+        validated(self, [{**outputs[0], **{name: np.array([count]) for name, count in counts.items()}}])
+
+    monkeypatch.setattr(nnUNetTrainer, "on_validation_epoch_end", on_validation_epoch_end)
+    trainer.save_checkpoint = lambda file: saved.append((trainer.current_epoch, Path(file).stem))
+    trainer.run_training()
+    averages = trainer.logger.get_value("ema_fg_dice", step=None)
+    assert averages == pytest.approx([0.9, 0.9, 0.5, 0.9 * 0.5 + 0.1 * 0.8])
+    assert [epoch for epoch, name in saved if name == "checkpoint_best"] == [0, 2, 3]
+
+
 def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_dataset):
     seed()
     trainer = make_trainer(DeploysTheTeacher, tiny_dataset, **TWO_AND_TWO)
