@@ -20,10 +20,11 @@ So the test scans are not those of the published lists.
 
 A path has two phases of the same number of steps, each with nnU-Net's own learning-rate decay. The first one is
 `nnUNetTrainer` on the labeled scans and shared: every second phase of a task and seed starts from its weights,
-segmentation heads included. The second phase of `supervised` is the same trainer again, that of `self-training` is
-the same trainer on the labels that the first phase predicts for the unlabeled scans, that of any other row is the
-trainer of that name. So all rows take the same number of steps on the same plans. The final checkpoint of the second
-phase is used, its deployed network, nothing is selected; mirroring at prediction is off, to save time.
+segmentation heads included. The second phase of `supervised` is the same trainer again, that of `self-training` is the
+same trainer on the labels that the first phase predicts for the unlabeled scans (with --alone too, where its own
+weights are random), that of any other row is the trainer of that name. So all rows take the same number of steps on the
+same plans. The final checkpoint of the second phase is used, its deployed network, nothing is selected; mirroring at
+prediction is off, to save time.
 
 Settings are chosen on the development scans, whose labels no model of the task saw; figures are reported on the test
 scans. In LA-60 and ACDC-60 all labels of the training scans are known: `supervised` there is the reference of the
@@ -364,9 +365,8 @@ def record(run: Run, on: str, seconds: list[float], metrics: dict[str, list[floa
 
 
 def runs_of(args) -> list[Run]:
-    labels = args.predicted_foreground or args.labelers or args.ignore_uncertain or args.drop_worst
-    if args.alone and (SELF_TRAINING in args.methods or labels):
-        raise SystemExit("--alone has no first phase that could label the unlabeled scans.")
+    if args.alone and args.predicted_foreground:
+        raise SystemExit("--alone has no first phase that could predict the foreground.")
     if (args.ignore_uncertain or args.drop_worst) and len(args.labelers) < 2:
         raise SystemExit("One model does not disagree with itself: give --labelers, as 0 1 2.")
     if args.labelers and (args.predicted_foreground or set(args.methods) != {SELF_TRAINING}):
