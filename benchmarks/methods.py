@@ -365,8 +365,6 @@ def record(run: Run, on: str, seconds: list[float], metrics: dict[str, list[floa
 
 
 def runs_of(args) -> list[Run]:
-    if args.alone and args.predicted_foreground:
-        raise SystemExit("--alone has no first phase that could predict the foreground.")
     if (args.ignore_uncertain or args.drop_worst) and len(args.labelers) < 2:
         raise SystemExit("One model does not disagree with itself: give --labelers, as 0 1 2.")
     if args.labelers and (args.predicted_foreground or set(args.methods) != {SELF_TRAINING}):

@@ -51,7 +51,7 @@ PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
 RECOMMENDED = "nnUNetTrainerM3HL"
 RESAMPLES = 5000
 PANELS = 3  # side by side
-ONLY_IN_TABLES = r", alone$|, ensemble of | \+ "
+ONLY_IN_TABLES = r", alone\b|, ensemble of | \+ "
 LONGER = rf"{SUPERVISED}, num_epochs=\d+"
 
 
