@@ -461,7 +461,7 @@ def main() -> None:
         command.add_argument("--bf16", action="store_true", help="train in bfloat16; for CPUs with avx512_bf16 or AMX")
     args = parser.parse_args()
     if getattr(args, "bf16", False) and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        raise SystemExit("Leave out --bf16: this processor does not compute in bfloat16 and would take ten times as long.")
+        raise SystemExit("Leave out --bf16: this processor has no bfloat16 and would take ten times as long.")
     if args.command == "queue":
         work_through(args.file, args.bf16, parser)
     elif args.command == "command":
