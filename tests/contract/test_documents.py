@@ -136,10 +136,10 @@ def test_the_table_of_methods_has_every_trainer_with_its_paper_cost_and_dice():
 GAINS = {  # rows of the README's table
     "left atrium, 8 labeled scans": ("LA-8", ""),
     "left atrium, 4 labeled scans": ("LA-4", ""),
-    "left atrium, 4, the other half four times as long": ("LA-4", "num_epochs=64"),
+    "left atrium, 4, the second phase four times as long": ("LA-4", "num_epochs=64"),
     "ACDC, 7 labeled patients": ("ACDC-7", ""),
     "ACDC, 3 labeled patients": ("ACDC-3", ""),
-    "ACDC, 3, the other half four times as long": ("ACDC-3", "num_epochs=40"),
+    "ACDC, 3, the second phase four times as long": ("ACDC-3", "num_epochs=40"),
 }
 
 
