@@ -18,7 +18,8 @@ from nnunet_ssl.blocks import pseudo_labels
 from nnunet_ssl.blocks.networks import broadcast, compile_in_place, has_batch_norm, set_deep_supervision, unwrap
 from nnunet_ssl.blocks.schedules import sigmoid_rampup, whole_epochs
 from nnunet_ssl.data.augmentation import OnDevice, augments_on_device
-from nnunet_ssl.data.loading import Batch, make_loaders, to_device
+from nnunet_ssl.data.loading import Batch, UnlabeledDataset, make_loaders, to_device
+from nnunet_ssl.data.splits import require_hidden
 from nnunet_ssl.system.attributes import replaced
 from nnunet_ssl.system.nnunet_version import require_nnunet
 from nnunet_ssl.training import checkpoints, preflight
@@ -157,6 +158,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._observations: dict = {}  # of the epoch's last batch
         self._overlaps: dict[str, list[dict]] = {}  # network to what nnU-Net counted on the compared batches
         self._resume_random_state = None
+        self._split: tuple[list[str], list[str]] | None = None  # of the whole training, whatever becomes of the file
+        self._unlabeled: UnlabeledDataset | None = None  # as well
         self.health = Health(self.print_to_log_file)
 
     @property
@@ -207,14 +210,19 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             getattr(self.companions, name).load_state_dict(network.state_dict())
         broadcast(vars(self.companions).values())
 
+    @property
+    def _splits_file(self) -> Path:
+        return Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+
     def do_split(self):
-        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        folder = Path(self.preprocessed_dataset_folder)
-        preflight.check_numbered_fold(splits, self.fold, folder)
-        train, val = super().do_split()
-        preflight.check_cases(train, val, self.fold, splits, folder)
-        preflight.refuse_empty_labels(train, self.fold, folder, self.label_manager)
-        return train, val
+        if self._split is None:
+            splits, folder = self._splits_file, Path(self.preprocessed_dataset_folder)
+            preflight.check_numbered_fold(splits, self.fold, folder)
+            train, val = super().do_split()
+            preflight.check_cases(train, val, self.fold, splits, folder)
+            preflight.refuse_empty_labels(train, self.fold, folder, self.label_manager)
+            self._split = train, val
+        return self._split
 
     def get_dataloaders(self):
         # nnU-Net's method with one change: the training loader is paired with the unlabeled one, in the same workers
@@ -234,7 +242,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         train, val = self.get_tr_and_val_datasets()
         known = {"training": train.identifiers, "validation": val.identifiers}
         folder, plans, name = Path(self.preprocessed_dataset_folder_base), self.plans_manager, self.configuration_name
-        unlabeled = preflight.unlabeled_dataset(folder, plans, name, self.fold, known, self.dataset_json)
+        if self._unlabeled is None:
+            self._unlabeled = preflight.unlabeled_dataset(folder, plans, name, self.fold, known, self.dataset_json)
+        unlabeled = self._unlabeled
         description = preflight.describe(self, SemiSupervisedTrainer, known, unlabeled)
         self.print_to_log_file(description, add_timestamp=False)
         sampling = {name: getattr(self, name) for name in SAMPLING}
@@ -400,7 +410,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.health.compare_dice(dice)
         observations = self._observations | {f"dice_{name}": value for name, value in dice.items()}
         last = self.current_epoch == self.num_epochs - 1
-        self.history.record(self.current_epoch, self._losses, observations, self.logger.loggers, last)
+        try:
+            self.history.record(self.current_epoch, self._losses, observations, self.logger.loggers, last)
+        except OSError as error:  # open in another program, or a network drive that is away for a moment
+            self.print_to_log_file(f"WARNING: no table or picture of this epoch ({error}). The training goes on.")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         with replaced(self, "network", self._deployed()):
@@ -427,6 +440,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": self.network, **vars(self.companions)}
         training = (type(self).__name__, self.plans_manager.plans_name, self.configuration_name)
         checkpoints.check_networks(file, checkpoint, networks, training)
+        require_hidden(self._splits_file, self.fold, file)
         state = checkpoint.get(checkpoints.CHECKPOINT_KEY)
         self.current_epoch = checkpoint["current_epoch"]
         if state is not None:

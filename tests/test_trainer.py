@@ -317,7 +317,9 @@ def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_
         (images / f"{case}_0000.nii.gz").touch()
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     trainer = started(TwoGraphs, tiny_dataset)
-    assert "WARNING: 1 scan of" in Path(trainer.log_file).read_text(encoding="utf-8")
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert "WARNING: 1 scan of" in log
+    assert "Run: nnunet-ssl preprocess -d 701 -c 3d_fullres -p nnUNetPlans\n" in log
 
 
 # ---- what is refused, before any epoch ----

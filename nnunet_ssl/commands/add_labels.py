@@ -23,9 +23,9 @@ from nnunet_ssl.data.plausibility import Expected, expected_scans
 from nnunet_ssl.data.preprocessed import FILES, finished_cases, labeled_folders
 from nnunet_ssl.data.scan_checks import check_scan
 from nnunet_ssl.data.scans import find_scans, unlabeled_scans, unpacked
-from nnunet_ssl.data.splits import move_to_train, read_fold, read_splits, save_splits
+from nnunet_ssl.data.splits import move_to_train, read_fold, read_splits, refuse_running_trainings, save_splits
 from nnunet_ssl.system.files import read_json, replacing
-from nnunet_ssl.system.lock import locked, refuse_if_held
+from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 SERIES = "dicom_labeled"  # of the raw dataset: where DICOM series go whose scan is in imagesTr now
@@ -79,8 +79,7 @@ def add_labels(
     dataset_json = read_dataset_json(raw / "dataset.json", "channel_names", "labels", "file_ending")
     targets = labeled_folders(folder)
     with locked(folder / ".split.lock", f"adding labels to {name}"):
-        for lock in Path(paths.nnUNet_results, name).glob("*/fold_*/.training.lock"):
-            refuse_if_held(lock)
+        refuse_running_trainings(name)
         folds = read_splits(splits)
         additions = find_additions(list(dict.fromkeys(cases)), raw, dataset_json, folds, fold)
         plans, configuration = next(iter(targets.values()))
@@ -139,7 +138,7 @@ def same_image(file: Path, other: str) -> bool:
 
 def problems_of(addition: Addition, expected: Expected) -> list[str]:
     """Lines with what is wrong with the files of a scan that gets a label."""
-    errors = check_scan(addition.case, addition.images, expected).errors
+    errors = check_scan(addition.case, addition.images, expected, named=addition.is_own).errors
     return errors or label_problems(addition.case, addition.label, addition.images, expected)
 
 

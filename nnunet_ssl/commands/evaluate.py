@@ -200,7 +200,7 @@ def evaluate(
     rows = [(case, label, metrics) for case in jobs for label, metrics in results[case].items()]
     output = Path(output or prediction)
     output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / "evaluation.csv") as temporary, temporary.open("w", newline="") as f:
+    with replacing(output / "evaluation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["case", "label", *METRICS])
         writer.writerows([case, label, *(repr(float(m[name])) for name in METRICS)] for case, label, m in rows)

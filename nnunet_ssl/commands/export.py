@@ -95,7 +95,7 @@ def export_model(
         for name, (source, network) in progress:
             exported[name], same = export_fold(source, target / name, checkpoint, network, validated)
             validated &= same
-        if validated and folders != ["fold_all"]:
+        if validated and "fold_all" not in folders:
             numbers = tuple(int(folder.removeprefix("fold_")) for folder in folders)
             results = f"crossval_results_folds_{folds_tuple_to_string(numbers)}"
             _copy(model / results, target / results, ("summary.json", "postprocessing.pkl", "postprocessing.json"))

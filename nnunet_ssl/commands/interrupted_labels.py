@@ -1,11 +1,10 @@
 """What an interrupted `nnunet-ssl pseudo-label` has left in its hidden folder, and how the next run goes on with it."""
 
-import os
 import shutil
 from pathlib import Path
 
 from nnunet_ssl.commands.labeling import SCRATCH
-from nnunet_ssl.data.scans import unpacked
+from nnunet_ssl.data.scans import changed_at, unpacked
 from nnunet_ssl.system.files import replacing
 
 RECORD = "model.json"  # in the hidden folder of a run that is not finished
@@ -26,12 +25,6 @@ def finished_labels(unfinished: Path, record: str, scans: dict[str, list[str]], 
     labels = {case: unfinished / "labelsTr" / f"{case}{ending}" for case in scans}
     written = {case: label.stat().st_mtime_ns for case, label in labels.items() if label.is_file()}
     return {case for case, time in written.items() if all(changed_at(f) <= time for f in scans[case])}
-
-
-def changed_at(scan: str | Path) -> int:
-    """When a scan was written, in ns; of a DICOM series its newest file."""
-    files = [scan, *Path(scan).iterdir()] if os.path.isdir(scan) else [scan]
-    return max(os.stat(file).st_mtime_ns for file in files)
 
 
 def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, ending: str) -> None:

@@ -25,7 +25,7 @@ from nnunet_ssl.data.preprocessed import (
     write_settings,
 )
 from nnunet_ssl.data.scan_checks import check_accepted, check_unlabeled
-from nnunet_ssl.data.scans import name_problems, no_scan, reserved_names, unlabeled_scans, unpacked
+from nnunet_ssl.data.scans import changed_at, name_problems, no_scan, reserved_names, unlabeled_scans, unpacked
 from nnunet_ssl.system.disk import say_full_disk
 from nnunet_ssl.system.lock import check_part, locked_part, part_suffix
 from nnunet_ssl.system.pool import run_all, worker_pool
@@ -50,8 +50,8 @@ def preprocess_unlabeled(
 ) -> None:
     """Check the scans in `imagesUn`, then write them to `<data_identifier>_unlabeled` as nnU-Net preprocesses a scan.
 
-    A run that was interrupted goes on where it stopped: complete cases are neither read nor written again, even if
-    their scan has changed since. Nothing is written unless every scan is sound: can be read, is no copy of another one,
+    A run that was interrupted goes on where it stopped: complete cases are neither read nor written again, unless
+    their scan is newer. Nothing is written unless every scan is sound: can be read, is no copy of another one,
     and has values and a size as the labeled ones have.
 
     Args:
@@ -95,9 +95,11 @@ def preprocess_unlabeled(
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(only_run(target, part_id, num_parts))
-        finished = {target: finished_cases(target) for target in targets}
+        there = {target: finished_cases(target) for target in targets}
+        finished = {target: cases - changed_cases(target, cases, share) for target, cases in there.items()}
         jobs = [(target, case) for target, cases in finished.items() for case in share if case not in cases]
-        chosen = set().union(*map(transductive_cases, targets), scans if transductive else ())
+        used = [cases & transductive_cases(target) for target, cases in there.items()]
+        chosen = set().union(*used, scans if transductive else ())
         problems = [no_scan(file, dataset_json["file_ending"]) for file in unrecognised]
         problems += misnamed(images, scans, share, finished, chosen, raw, folder, dataset_json)
         pool = stack.enter_context(worker_pool(min(num_processes, len(jobs))))
@@ -110,10 +112,18 @@ def preprocess_unlabeled(
             write_settings(target, preprocessing_settings(plans, configuration), chosen)
         unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
         write_cases(pool, share, jobs, targets, unfinished, plans, dataset_json)
-    for target, cases in finished.items():
-        print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {len(share.keys() - cases)} of them new.")
+    for target, cases in there.items():
+        again = f", {len(cases - finished[target])} done again, whose scans are newer" * (cases != finished[target])
+        new = len(share.keys() - cases)
+        print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {new} of them new{again}.")
         if cases - scans.keys():
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")
+
+
+def changed_cases(target: Path, cases: set[str], scans: dict[str, list[Path]]) -> set[str]:
+    """Those of a folder's complete cases whose scans are newer."""
+    written = {case: (target / f"{case}.pkl").stat().st_mtime_ns for case in cases & scans.keys()}
+    return {case for case, time in written.items() if max(map(changed_at, scans[case])) > time}
 
 
 def only_run(target: Path, part_id: int, num_parts: int) -> AbstractContextManager[None]:

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 from nnunetv2 import paths
-from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -21,6 +20,7 @@ from nnunet_ssl.commands.trained_models import Network, plans_without_cascade, s
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.fold_scans import sort_folds
 from nnunet_ssl.data.splits import save_splits
+from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import run_all
 
@@ -122,8 +122,7 @@ def pseudo_label(
             predictors = load_predictors([Network(model) for model in models], device, mirroring)
             predict(remaining, predictors, num_processes, export, lambda: (unfinished, ignore_label))
         scans = without_worst(scans, unfinished, drop_worst)
-        publish(unfinished, folder, cases, entries, scans, dataset_json, origin)
-    move_plans_between_datasets(name, folder.name, plans_identifier, plans_identifier)  # only labels shall differ
+        publish(unfinished, folder, cases, entries, scans, dataset_json, origin, plans.plans)
     return folder
 
 
@@ -162,7 +161,7 @@ def without_worst(scans: dict[str, list[str]], unfinished: Path, number: int) ->
         return scans
     values = {case: float(file.read_text()) for case, file in files.items()}
     worst_first = sorted(values, key=lambda case: (-values[case], case))
-    with (unfinished / "disagreement.csv").open("w", newline="") as f:
+    with (unfinished / "disagreement.csv").open("w", newline="", encoding="utf-8") as f:
         rows = [(case, f"{values[case]:.4f}", "no" if i < number else "yes") for i, case in enumerate(worst_first)]
         csv.writer(f).writerows([("case", "disagreement", "used"), *rows])
     return {case: scans[case] for case in sorted(worst_first[number:])}
@@ -187,6 +186,7 @@ def publish(
     scans: dict[str, list[str]],
     dataset_json: dict,
     origin: dict,
+    plans: dict,
 ) -> None:
     """Makes the hidden folder, in which all labels are, a dataset of nnU-Net; the raw dataset appears in one step.
 
@@ -198,6 +198,7 @@ def publish(
         scans: that have new labels.
         dataset_json: of the source dataset.
         origin: of the new labels.
+        plans: of the source dataset; those of the new one are the same: only labels shall differ.
     """
     preprocessed = Path(paths.nnUNet_preprocessed) / folder.name
     true = sorted({case for train, val, _ in entries for case in (*train, *val)})
@@ -210,10 +211,12 @@ def publish(
         save_splits(preprocessed / "splits_final.json", splits)
     for temporary in (SCRATCH, DISAGREEMENT):
         shutil.rmtree(unfinished / temporary, ignore_errors=True)
-    os.replace(unfinished, folder)
-    (folder / RECORD).unlink()  # last: without it, an interrupted run would begin anew
     preprocessed.mkdir(exist_ok=True)
-    shutil.copy2(folder / "dataset.json", preprocessed)
+    with replacing(preprocessed / f"{plans['plans_name']}.json") as temporary:
+        temporary.write_text(json.dumps(plans | {"dataset_name": folder.name}, indent=4))
+    shutil.copy2(unfinished / "dataset.json", preprocessed)
+    os.replace(unfinished, folder)  # now it is there, with all that belongs to it
+    (folder / RECORD).unlink()
 
 
 def dataset_entries(folder: Path, labeled: dict[str, dict], scans: dict[str, list[str]], ending: str) -> dict:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.commands.interrupted_labels import changed_at
 from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, disagreeing, write_labels
 from nnunet_ssl.commands.ranking import choose, scores, volume_z
+from nnunet_ssl.data.scans import changed_at
 from nnunet_ssl.system.files import read_json, replacing
 from nnunet_ssl.system.wording import counted
 
@@ -90,7 +90,7 @@ def write_table(file: Path, rows: Sequence[dict], classes: Sequence[str]) -> Non
     columns = ["case", "score", "disagreement"]
     columns += [f"{kind}_{name}" for kind in ("disagreement", "entropy", "volume_ml") for name in classes]
     columns += ["volume_z", "components", "missing"]
-    with replacing(file) as temporary, temporary.open("w", newline="") as f:
+    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         for row in rows:
@@ -114,7 +114,7 @@ def choose_next(output: Path, rows: Sequence[dict], number: int, seed: int) -> l
     chosen, distances = choose([row["score"] for row in rows], points, number)
     # RandomState: NumPy guarantees its stream for good
     by_chance = np.random.RandomState(seed).permutation(sorted(row["case"] for row in rows))[:number]
-    with replacing(output / NEXT) as temporary, temporary.open("w", newline="") as f:
+    with replacing(output / NEXT) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["order", "case", "score", "distance", "random_case"])
         for order, (index, distance, other) in enumerate(zip(chosen, distances, by_chance, strict=True), start=1):

@@ -10,7 +10,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.data.splits import read_splits
+from nnunet_ssl.data.splits import labeled_then, read_splits
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -172,18 +172,11 @@ def require_known_cases(
     own, other = (folder / "splits_final.json" for folder in (preprocessed, preprocessed.with_name(trained_on)))
     if fold == "all" and own == other:
         return
-    train = []
     for splits, number in ((own, fold), (other, model_fold)):
-        folds = read_splits(splits)
-        if number == "all" or number >= len(folds):
+        if number == "all" or number >= len(read_splits(splits)):
             raise ValueError(f"{file}: its training cases are not known, {splits} has no fold {number}.")
-        train.append(set(folds[number]["train"]))
-    if seen := train[1] - train[0]:
+    if seen := labeled_then(other, model_fold, file) - set(read_splits(own)[fold]["train"]):
         raise ValueError(
             f"{file} was trained on other cases than fold {fold} of {own}, and may have seen labels that this fold "
             f"must not know: {', '.join(sorted(seen)[:5])}."
-        )
-    if other.stat().st_mtime > file.stat().st_mtime:
-        print(
-            f"WARNING: {other} is newer than {file}: see that fold {model_fold} had no other cases when it was trained."
         )

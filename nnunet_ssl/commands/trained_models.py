@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2 import paths
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunet_ssl.data.preprocessed import load_plans
+from nnunet_ssl.data.splits import require_hidden
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint, require_trained_as
 
@@ -89,7 +91,7 @@ def trained_models(
     """The models of all trainers and folders, every fold of each.
 
     Raises: FileNotFoundError, with the command that trains it, where one is missing; ValueError where a further folder
-        has other plans.
+        has other plans, or a model has learnt labels that its fold hides now.
     """
     found = []
     for trainer in trainers:
@@ -99,7 +101,10 @@ def trained_models(
             if not found[-1].file.is_file():
                 command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
                 raise FileNotFoundError(f"{found[-1].file} is missing. Train the model first: {command}")
-    return found + further_models(also, found[0].folder, checkpoint, folds)
+    found += further_models(also, found[0].folder, checkpoint, folds)
+    for model in found:
+        require_hidden(Path(paths.nnUNet_preprocessed) / name / "splits_final.json", model.fold, model.file)
+    return found
 
 
 def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, int]]:

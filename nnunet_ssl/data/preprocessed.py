@@ -56,8 +56,7 @@ def load_plans(folder: Path, plans_identifier: str, configurations: Sequence[str
     if unknown:
         known = " ".join(plans.available_configurations)
         raise ValueError(
-            f"{file} has no configuration {', '.join(unknown)}. Choose among those that it has: nnunet-ssl preprocess "
-            f"-d {convert_dataset_name_to_id(folder.name)} -p {plans_identifier} -c {known}"
+            f"{file} has no configuration {', '.join(unknown)}. Choose among those that it has: -c {known}"
         )
     return plans
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.copies import Copies, Fingerprint, find_copies, fingerprint
@@ -131,14 +132,17 @@ def check_scans(
     return Report(problems, warnings + copies.warnings, doubtful)
 
 
-def check_scan(case: str, files: Sequence[Path], expected: Expected) -> Findings:
+def check_scan(case: str, files: Sequence[Path], expected: Expected, named: bool = True) -> Findings:
     """Reads the files of a scan; nothing is found in a sound one.
 
     Args:
         files: one per channel, in order; formats such as RGB images hold several channels in one file.
         expected: of the dataset.
+        named: the files' names tell the case and the channels, as in imagesUn; those in a table of dataset.json do not.
     """
     findings, geometries, number = Findings(), {}, 0
+    if named and (wrong := name_errors(case, files, expected)):
+        return Findings(errors=wrong)
     for file in files:
         try:
             with unpacked(file, expected.ending) as path:
@@ -154,7 +158,8 @@ def check_scan(case: str, files: Sequence[Path], expected: Expected) -> Findings
         findings.fingerprints[file] = fingerprint(image)
         check_voxels(file.name, image, number, lost, expected, findings)
         number += len(image)
-    findings.errors += file_errors(case, files, number, len(geometries), expected) + geometry_errors(geometries)
+    findings.errors += channel_errors(case, files, number, len(geometries), expected, named)
+    findings.errors += geometry_errors(geometries)
     if geometries:
         first = next(iter(geometries.values()))
         doubt = size_doubt(first["shape"], first["spacing"], expected)
@@ -195,23 +200,53 @@ def in_bytes(channel: np.ndarray) -> bool:
     return bool(channel.min() >= 0 and channel.max() <= 255)
 
 
-def file_errors(case: str, files: Sequence[Path], number: int, read: int, expected: Expected) -> list[str]:
+def name_errors(case: str, files: Sequence[Path], expected: Expected) -> list[str]:
+    """Lines for names that nnU-Net, or its reader, takes for something else."""
+    channels, ending = expected.channels, expected.ending
+    surplus = [file for file in files if (index := channel_of(file, ending)) is not None and index >= len(channels)]
+    if surplus:
+        name, others = surplus[0].name, f" (and {len(surplus) - 1} more)" * (len(surplus) > 1)
+        digits, of_its_own = name.removesuffix(ending)[-5:], f"{name.removesuffix(ending)}_0000{ending}"
+        return [
+            f"{name}{others}: nnU-Net takes {digits} for a channel, but dataset.json has {len(channels)} "
+            f"({', '.join(channels)}). A scan of its own has to be called {of_its_own}."
+        ]
+    if issubclass(expected.reader, Tiff3DIO) and channel_of(files[0], ending) is None:
+        fix = "a DICOM series has to be converted to" if files[0].is_dir() else "rename it to"
+        name = f"{case}_0000{ending}"
+        return [f"{files[0].name}: nnU-Net finds the spacing, in {case}.json, of the name {name} only; {fix} {name}"]
+    return []
+
+
+def channel_of(file: Path, ending: str) -> int | None:
+    """The number of the channel in a file's name; None where there is none."""
+    match = re.fullmatch(r".+_(\d{4})" + re.escape(ending), file.name)
+    return int(match[1]) if match else None
+
+
+def channel_errors(
+    case: str, files: Sequence[Path], number: int, read: int, expected: Expected, named: bool
+) -> list[str]:
     """Lines for channels that are missing or surplus.
 
     Args:
         files: of the case.
         number: channels that were read.
         read: files that they were in.
+        expected: of the dataset.
+        named: the files' names tell the channels.
     """
     channels, ending = expected.channels, expected.ending
-    numbered = re.fullmatch(r".*_\d{4}" + re.escape(ending), files[-1].name)
-    names = [file.name for file in files] if numbered else [f"{case}_0000{ending}"]
-    count = 1 + int(names[-1].removesuffix(ending)[-4:])
-    if number == read > 0:  # one channel per file, so there should be a file per channel
-        count = max(count, len(channels))
-    missing = [name for name in (f"{case}_{index:04d}{ending}" for index in range(count)) if name not in names]
-    if missing:
-        return [f"{case}: {', '.join(missing)} missing"]
+    if named:
+        names = [file.name for file in files]
+        if channel_of(files[-1], ending) is None:
+            names = [f"{case}_0000{ending}"]
+        count = 1 + int(names[-1].removesuffix(ending)[-4:])
+        if number == read > 0:  # one channel per file, so there should be a file per channel
+            count = max(count, len(channels))
+        missing = [name for name in (f"{case}_{index:04d}{ending}" for index in range(count)) if name not in names]
+        if missing:
+            return [f"{case}: {', '.join(missing)} missing"]
     if read == len(files) and number != len(channels):
         return [f"{case}: {counted(number, 'channel')}, but dataset.json has {len(channels)} ({', '.join(channels)})"]
     return []

@@ -106,6 +106,12 @@ def files_to_compare(
     return {file: place for file, place in others.items() if os.path.abspath(file) not in left_out}
 
 
+def changed_at(scan: str | Path) -> int:
+    """When a scan was written, in ns; of a DICOM series its newest file."""
+    files = [scan, *Path(scan).iterdir()] if os.path.isdir(scan) else [scan]
+    return max(os.stat(file).st_mtime_ns for file in files)
+
+
 def is_packed(file: Path) -> bool:
     """Whether a file is a NIfTI file with gzip around it; some that are called .nii.gz are not packed."""
     if not file.name.endswith(".nii.gz"):

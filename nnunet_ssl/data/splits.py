@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from nnunetv2 import paths
+
 from nnunet_ssl.system.files import read_json, replacing
+from nnunet_ssl.system.lock import refuse_if_held
 
 LISTS = ("train", "val", "unlabeled", "test")  # of a fold; nnU-Net reads the first two
 CROSSVAL_FOLDS = 5  # that nnU-Net draws where there is no splits_final.json
@@ -47,6 +50,38 @@ def read_fold(path: Path, number: int) -> dict[str, list[str]]:
     return fold
 
 
+def labeled_then(path: Path, number: int, model: Path) -> set[str]:
+    """The labeled cases of a fold when a model of it was written: of splits_final.json or of the backup of that time.
+
+    Where all of these are younger than the model, the present ones, and a warning is printed.
+
+    Args:
+        path: of splits_final.json, which is there.
+        number: of the fold.
+        model: a checkpoint.
+
+    Raises: ValueError where there is no such fold.
+    """
+    written = model.stat().st_mtime_ns
+    versions = {file: file.stat().st_mtime_ns for file in (path, *path.parent.glob(f"{path.name}.bak*"))}
+    older = [file for file, time in versions.items() if time <= written]
+    version = max(older, key=versions.get, default=path)
+    if not older:
+        print(f"WARNING: {path} is newer than {model}: see that fold {number} had no other cases when it was trained.")
+    return set(read_fold(version, number)["train"])
+
+
+def require_hidden(path: Path, number: int | str, model: Path) -> None:
+    """Raises ValueError where a model has learnt labels that the same fold hides or validates on now."""
+    if number == "all" or not path.is_file():
+        return
+    if seen := labeled_then(path, number, model) - set(read_fold(path, number)["train"]):
+        raise ValueError(
+            f"{model} has learnt labels that fold {number} of {path} hides or validates on now: "
+            f"{', '.join(sorted(seen)[:5])}. The split has changed since: train the model again, or restore the backup."
+        )
+
+
 def check_fold(path: Path, number: int) -> None:
     """Raises ValueError where nnU-Net has no such fold: in splits_final.json, or, without it, among those it draws."""
     if path.is_file():
@@ -64,6 +99,13 @@ def check_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool 
         raise FileExistsError(
             f"{path} already holds another split. Pass --overwrite to replace it (a backup is kept beside it)."
         )
+
+
+def refuse_running_trainings(dataset: str) -> None:
+    """Raises RuntimeError where a training of the dataset of this name is running; stock nnU-Net's do not tell."""
+    folder = Path(paths.nnUNet_results, dataset) if paths.nnUNet_results.is_set() else None
+    for lock in folder.glob("*/fold_*/.training.lock") if folder else ():
+        refuse_if_held(lock)
 
 
 def save_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:

@@ -222,7 +222,8 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
         lines.append(
             f"WARNING: {counted(len(missing), f'scan of {images} is', f'scans of {images} are')} not preprocessed and "
             f"not used. Run: nnunet-ssl preprocess "
-            f"-d {trainer.plans_manager.dataset_name[7:10]} -c {trainer.configuration_name}"
+            f"-d {trainer.plans_manager.dataset_name[7:10]} -c {trainer.configuration_name} "
+            f"-p {trainer.plans_manager.plans_name}"
         )
     return "\n".join(lines)
 

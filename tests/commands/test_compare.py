@@ -29,6 +29,7 @@ from nnunet_ssl.commands.compare import run as run_module
 from nnunet_ssl.commands.compare.table import case_values, comma_separated, latex, make_rows, markdown
 from nnunet_ssl.commands.evaluate import METRICS
 from nnunet_ssl.commands.pictures import compare_cases
+from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.system import cluster
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.lock import locked
@@ -807,3 +808,15 @@ def test_nnunet_trains_and_predicts_in_a_job_and_nothing_is_left_to_do_then(tmp_
     assert main(line) == 0
     assert evaluated.stat().st_mtime_ns == before
     assert "Finished before: 1 of 1 job" in capsys.readouterr().out
+
+
+def test_a_model_of_an_earlier_split_is_not_compared(trained, fake, capsys):
+    splits = trained / "preprocessed/Dataset801_Compare/splits_final.json"
+    os.utime(splits, (1, 1))  # before the models
+    other, same = {"train": ["x", "w"], "val": ["y"]}, {"train": ["x"], "val": ["y"]}
+    save_splits(splits, [other, same], overwrite=True)
+    os.utime(splits, (2**32, 2**32))
+    refused(trained, capsys, ("fold_0 was trained with other labeled cases than fold 0 of", "train it again"))
+    save_splits(splits, [same, other], overwrite=True)
+    os.utime(splits, (2**32, 2**32))
+    assert compare() == 0

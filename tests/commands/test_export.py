@@ -202,6 +202,10 @@ def test_another_checkpoint_and_fold_all_are_named_in_the_command(trained, tmp_p
     try:
         assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -o {tmp_path / 'a'}".split()) == 0
         assert f"-m {tmp_path / 'a'} -f all -i IN" in capsys.readouterr().out
+        (model / "fold_0/checkpoint_final.pth").hardlink_to(model / "fold_0/checkpoint_other.pth")
+        assert main(f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -f 0 all -o {tmp_path / 'c'}".split()) == 0
+        assert {file.name for file in (tmp_path / "c").glob("fold_*")} == {"fold_0", "fold_all"}
+        (model / "fold_0/checkpoint_final.pth").unlink()
         command = f"export -d 701 -c 3d_fullres -tr nnUNetTrainerM3HL -chk checkpoint_other.pth -o {tmp_path / 'b'}"
         assert main(command.split()) == 0
         assert f"-m {tmp_path / 'b'} -f 0 -chk checkpoint_other.pth -i IN" in capsys.readouterr().out

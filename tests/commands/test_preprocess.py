@@ -13,9 +13,11 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import tiny
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -292,7 +294,7 @@ NOT_A_SCAN = "not a scan; expected CASE_0000.nii.gz, CASE_0001.nii.gz, ..."
         (damage, "unlabeled_000_0001.nii.gz: cannot be read"),
         (drop_second_channel, "unlabeled_000: unlabeled_000_0001.nii.gz missing"),
         (drop_first_channel, "unlabeled_000: unlabeled_000_0000.nii.gz missing"),
-        (add_third_channel, "unlabeled_000: 3 channels, but dataset.json has 2 (MR0, MR1)"),
+        (add_third_channel, "_0002.nii.gz: nnU-Net takes _0002 for a channel, but dataset.json has 2 (MR0, MR1)"),
         (add("unlabeled_000_0000.nrrd"), f"unlabeled_000_0000.nrrd: {NOT_A_SCAN}"),
         (add("unlabeled_002.nii.gz"), f"unlabeled_002.nii.gz: {NOT_A_SCAN}"),
         (add("_0000.nii.gz"), f"_0000.nii.gz: {NOT_A_SCAN}"),
@@ -352,7 +354,7 @@ def test_missing_plans_name_the_command_and_the_existing_ones(folder):
 
 
 def test_an_unknown_configuration_names_the_known_ones(folder):
-    with pytest.raises(ValueError, match=r"no configuration 3d_lowres.* -p nnUNetPlans -c 2d 3d_fullres"):
+    with pytest.raises(ValueError, match=r"no configuration 3d_lowres.* -c 2d 3d_fullres"):
         preprocess(("2d", "3d_lowres"))
 
 
@@ -423,11 +425,24 @@ def test_a_restart_redoes_half_written_cases_and_keeps_the_others(folder, lost):
 def test_a_finished_case_is_not_read_again_and_a_new_one_is(folder, images):
     preprocess(images=images)
     (images / f"{CASES[0]}_0000.nii.gz").write_bytes(b"not an image")
+    os.utime(images / f"{CASES[0]}_0000.nii.gz", (1, 1))
     preprocess(images=images)
     (images / "new_0000.nii.gz").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"new_0000\.nii\.gz: cannot be read") as error:
         preprocess(images=images)
     assert CASES[0] not in str(error.value)
+
+
+def test_a_finished_case_whose_scan_was_corrected_is_done_again(folder, images, capsys):
+    preprocess(images=images)
+    before, file = content(target_of(folder)), images / f"{CASES[0]}_0000.nii.gz"
+    edit(file, lambda image: sitk.Cast(image > 0, image.GetPixelID()) * 9 + image)
+    preprocess(images=images, accept=CASES)
+    assert "2, 0 of them new, 1 done again, whose scans are newer." in capsys.readouterr().out
+    changed = {name for name, array in content(target_of(folder)).items() if not np.array_equal(array, before[name])}
+    assert {name.removesuffix("_seg") for name in changed} == {CASES[0]}
+    preprocess(images=images, accept=CASES)
+    assert "0 of them new.\n" in capsys.readouterr().out
 
 
 def test_a_finished_case_that_was_labeled_since_is_refused(folder, images):
@@ -607,6 +622,44 @@ def test_test_scans_are_used_on_demand_only_and_said_to_be_transductive(single, 
     cases = {n.removesuffix(".pkl") for n in names_in(single_target) if n.endswith(".pkl")}
     assert cases == {"test_000", "test_001", "unlabeled_000", "unlabeled_001", "unlabeled_002"}
     preprocess_single()
+
+
+def test_a_test_scan_that_is_not_used_any_more_may_not_be_copied(single, single_target, tmp_path):
+    preprocess_single(images=single[0] / "imagesTs")
+    shutil.rmtree(single_target)
+    shutil.copy(single[0] / "imagesTs" / "test_000_0000.nii.gz", tmp_path / "other_0000.nii.gz")
+    with pytest.raises(ValueError, match=r"other_0000\.nii\.gz: has the same voxels as test_000"):
+        preprocess_single(images=tmp_path)
+
+
+def test_numbers_that_nnunet_takes_for_channels_are_named_before_anything_is_read(single, single_target, tmp_path):
+    for number in (5001, 5002):
+        (tmp_path / f"amos_{number}.nii.gz").write_bytes(b"not read")
+    with pytest.raises(ValueError, match=r"amos_5001\.nii\.gz \(and 1 more\): .* called amos_5001_0000\.nii\.gz\.$"):
+        preprocess_single(images=tmp_path)
+
+
+def test_the_spacing_of_a_tiff_needs_the_name_that_nnunet_looks_for(tmp_path):
+    expected = Expected(("CT",), ".tif", Tiff3DIO)
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5, 6), np.float32))
+    (tmp_path / "a.json").write_text(json.dumps({"spacing": [3.0, 0.8, 0.8]}))
+    (tmp_path / "series").mkdir()
+    for name, fix in (("a.tif", "rename it to"), ("series", "a DICOM series has to be converted to")):
+        [error] = check_scan("a", [tmp_path / name], expected).errors
+        assert error.endswith(f"{fix} a_0000.tif")
+    (tmp_path / "a.tif").rename(tmp_path / "a_0000.tif")
+    assert check_scan("a", [tmp_path / "a_0000.tif"], expected).errors == []
+
+
+def test_names_in_a_table_of_the_dataset_tell_nothing(tmp_path):
+    files = [tmp_path / f"p17_t{index}_0000.nii.gz" for index in (1, 2)]
+    for file in files:
+        tiny.write_image(file, np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32))
+    expected = Expected(("T1", "T2"), ".nii.gz", SimpleITKIO)
+    assert check_scan("case17", files, expected, named=False).errors == []
+    assert check_scan("case17", files[:1], expected, named=False).errors == [
+        "case17: 1 channel, but dataset.json has 2 (T1, T2)"
+    ]
 
 
 def test_parts_share_the_scans(single, single_target, capsys):

@@ -23,6 +23,7 @@ from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.pseudo_label import pseudo_label
+from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
@@ -178,6 +179,20 @@ def test_scans_are_compared_and_let_through_by_name(model, network):
         shutil.rmtree(images.parents[1] / ".Dataset984_TinyPseudoLabels.tmp", ignore_errors=True)
 
 
+def test_a_model_that_has_seen_hidden_labels_is_refused(model, tiny_dataset):
+    splits = tiny_dataset / "splits_final.json"
+    text, times = splits.read_text(encoding="utf-8"), splits.stat()
+    [fold] = json.loads(text)
+    try:
+        save_splits(splits, [fold | {"train": LABELED[1:], "unlabeled": [*fold["unlabeled"], LABELED[0]]}], True)
+        refused(ValueError, f"has learnt labels that fold 0 of .* hides or validates on now: {LABELED[0]}")
+    finally:
+        for backup in splits.parent.glob("splits_final.json.bak*"):
+            backup.unlink()
+        splits.write_text(text)
+        os.utime(splits, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 @pytest.mark.parametrize("number", [0, 1000, -5])
 def test_an_id_that_nnunet_cannot_read_is_refused(tiny_dataset, number):
     refused(ValueError, "three digits", output_id=number)
@@ -287,7 +302,15 @@ def test_a_restart_after_the_last_scan_needs_no_network(labels, network, written
         patch.setattr("nnunet_ssl.commands.pseudo_label.dataset_entries", interrupted)
         with pytest.raises(KeyboardInterrupt):
             label()
-    network.count = 0
+        network.count = 0
+        patch.undo()
+        # and in the very last step, when all that belongs to the dataset is there
+        replace = os.replace
+        patch.setattr(os, "replace", lambda *to: interrupted() if to[0] == labels.parent else replace(*to))
+        with pytest.raises(KeyboardInterrupt):
+            label()
+    preprocessed = Path(paths.nnUNet_preprocessed) / "Dataset983_TinyPseudoLabels"
+    assert {"nnUNetPlans.json", "dataset.json"} <= {file.name for file in preprocessed.iterdir()}
     assert same_dataset(label(), written)
     assert network.count == 0
 

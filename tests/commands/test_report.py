@@ -562,3 +562,9 @@ def test_options_that_do_not_fit_end_with_the_usage(arguments, message, capsys):
     with pytest.raises(SystemExit):
         run(*arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_page_is_made_where_the_unlabeled_cases_are_gone(root):
+    splits = root / "preprocessed" / NAME / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["x", "y"], "val": ["v0", "v1"], "unlabeled": ["u"]}]))
+    assert "not known here: " in page_of().source

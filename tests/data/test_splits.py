@@ -1,9 +1,11 @@
 import json
+import os
 
 import pytest
 
 from nnunet_ssl.commands.split import nested_folds, split_dataset
-from nnunet_ssl.data.splits import save_splits
+from nnunet_ssl.data.splits import labeled_then, require_hidden, save_splits
+from nnunet_ssl.system.lock import locked
 
 OLD = [{"train": ["a"], "val": ["b"]}]
 NEW = [{"train": ["b"], "val": ["a"], "unlabeled": ["c"]}]
@@ -165,3 +167,32 @@ def test_an_unknown_dataset_is_refused(raw):
     with pytest.raises(RuntimeError, match="8"):
         split_dataset("8", [2])
     assert preprocessed_is_untouched(raw)
+
+
+def test_the_labels_of_a_model_are_those_of_the_split_of_its_time(tmp_path, capsys):
+    path, model, times = tmp_path / "splits_final.json", tmp_path / "checkpoint_final.pth", iter(range(10, 100, 20))
+    for cases in (["a", "b"], ["a", "b", "c"], ["a"]):
+        save_splits(path, [{"train": cases, "val": ["z"]}], overwrite=True)
+        os.utime(path, (0, next(times)))  # 10, 30, 50
+    model.touch()
+    for time, labels in ((20, {"a", "b"}), (40, {"a", "b", "c"}), (60, {"a"})):
+        os.utime(model, (0, time))
+        assert labeled_then(path, 0, model) == labels
+    assert capsys.readouterr().out == ""
+    require_hidden(path, 0, model)
+    os.utime(model, (0, 40))
+    with pytest.raises(ValueError, match=r"learnt labels that fold 0 of .* hides or validates on now: b, c\. .*backup"):
+        require_hidden(path, 0, model)
+    require_hidden(path, "all", model)
+    os.utime(model, (0, 5))
+    require_hidden(path, 0, model)
+    assert f"WARNING: {path} is newer than {model}" in capsys.readouterr().out
+
+
+def test_the_split_of_a_running_training_is_not_replaced(raw):
+    fold = raw.parents[1] / "results" / raw.name / "nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0"
+    fold.mkdir(parents=True)
+    with locked(fold / ".training.lock", f"training in {fold}"), pytest.raises(RuntimeError, match="has been training"):
+        split_dataset("7", [3])
+    assert preprocessed_is_untouched(raw)
+    split_dataset("7", [3])

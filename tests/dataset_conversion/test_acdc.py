@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -220,6 +221,19 @@ def test_a_shifted_4d_file_is_reported(tmp_path, capsys):
     sitk.WriteImage(series[:, :, :, 1:], str(file))
     assert main(f"convert acdc -i {tmp_path} -d 973 --labeled 1 --cine-frames 1 --allow-missing".split()) == 0
     assert "WARNING: in 1 patients the 4D file's annotated frames differ" in capsys.readouterr().out
+
+
+def test_frames_of_patients_that_became_test_patients_do_not_stay_unlabeled(tmp_path, capsys):
+    for number in (99, 38, 50, 28):
+        write_patient(tmp_path, number, 1, 4)
+    command = f"convert acdc -i {tmp_path} -d 978 --labeled 1 --allow-missing --overwrite"
+    assert main([*command.split(), "--cine-frames", "all"]) == 0
+    listed = tmp_path / "test.list"
+    listed.write_text("patient099_frame01\npatient099_frame04\n")
+    assert main([*command.split(), "--test-list", str(listed)]) == 1
+    assert "imagesUn has frames of patient099, for validation or testing now." in capsys.readouterr().err
+    shutil.rmtree(Path(paths.nnUNet_raw) / "Dataset978_ACDC/imagesUn")
+    assert main([*command.split(), "--test-list", str(listed)]) == 0
 
 
 def broken(tmp_path, kind):

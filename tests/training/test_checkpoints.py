@@ -1,5 +1,6 @@
 """What a checkpoint holds beside nnU-Net's own keys, and that its tensors are written once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_trainers import make_trainer, seed
 
+from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, is_finite
 
 TRAINERS = [nnUNetTrainerM3HL, nnUNetTrainerCoLearning]  # with a teacher; with a second student and a teacher
@@ -149,3 +152,23 @@ def test_a_failure_half_way_through_the_file_keeps_the_earlier_one(trainer, tmp_
 def test_is_finite(values, finite):
     assert is_finite(torch.tensor(values)) is finite
     assert is_finite(torch.tensor(7))  # a step counter
+
+
+def test_a_training_is_not_continued_with_labels_that_are_hidden_since(tiny_dataset):
+    splits = tiny_dataset / "splits_final.json"
+    text = splits.read_text(encoding="utf-8")
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset)
+    trainer.on_train_start()
+    trainer.save_checkpoint(file := str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    [fold] = json.loads(text)
+    hidden = fold["train"][-1]
+    try:
+        save_splits(splits, [fold | {"train": fold["train"][:-1], "unlabeled": [*fold["unlabeled"], hidden]}], True)
+        with pytest.raises(ValueError, match=f"hides or validates on now: {hidden}"):
+            make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset).load_checkpoint(file)
+        save_splits(splits, [fold], True)
+        make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset).load_checkpoint(file)
+    finally:
+        for backup in splits.parent.glob("splits_final.json.bak*"):
+            backup.unlink()
+        splits.write_text(text)

@@ -3,12 +3,15 @@
 import io
 import itertools
 import math
+from pathlib import Path
 
 import matplotlib
 import pytest
 from matplotlib import style
 from matplotlib.text import Text
+from tiny_trainers import make_trainer
 
+from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.training import history as module
 from nnunet_ssl.training.history import LOOKS, NAMES, History, draw
 
@@ -172,3 +175,15 @@ def test_a_row_that_is_being_written_is_none_and_a_damaged_table_is_named(tmp_pa
     history.table.write_text("epoch,loss\n0,x\n")
     with pytest.raises(ValueError, match=r"losses\.csv is damaged"):
         history.columns()
+
+
+def test_a_table_that_cannot_be_written_is_a_warning(tiny_dataset, monkeypatch):
+    def occupied(*arguments):
+        raise PermissionError(13, "open in another program", "losses.csv")
+
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, num_epochs=1)
+    monkeypatch.setattr(History, "append", occupied)
+    trainer.run_training()
+    [log] = Path(trainer.output_folder).glob("training_log*")
+    assert "WARNING: no table or picture of this epoch ([Errno 13] open in another program" in log.read_text()
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()

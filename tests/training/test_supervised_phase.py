@@ -1,5 +1,6 @@
 """The supervised phase: first stock nnU-Net, then the method from its weights, with companions and momentum anew."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.trainers.nnUNetTrainerOMF import nnUNetTrainerOMF
+from nnunet_ssl.training import preflight
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 from nnunet_ssl.training.history import draw
 
@@ -201,3 +203,31 @@ def test_the_picture_marks_the_boundary():
     lines = [[line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in marked.axes]
     assert lines == [[1.5]] * len(marked.axes)
     assert not any(line.get_linestyle() == ":" for axis in plain.axes for line in axis.lines)
+
+
+def test_both_phases_have_the_cases_with_which_the_training_began(tiny_dataset):
+    splits = tiny_dataset / "splits_final.json"
+    text, found = splits.read_text(encoding="utf-8"), []
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, **TWO_AND_TWO)
+    describe = preflight.describe
+
+    def noted(trainer, base, known, unlabeled):
+        found.append((known["training"], sorted(unlabeled.files)))
+        return describe(trainer, base, known, unlabeled)
+
+    [fold] = json.loads(text)
+    hidden = fold["train"][1:]
+    fold |= {"train": fold["train"][:1], "unlabeled": [*fold["unlabeled"], *hidden]}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(preflight, "describe", noted)
+            trainer.on_train_start()
+            splits.write_text(json.dumps([fold]))
+            trainer.current_epoch = 2
+            trainer.on_train_epoch_start()
+        assert len(found) == 2
+        assert found[0] == found[1]
+        assert set(hidden) <= set(found[1][0])
+        assert set(hidden) <= set(trainer.do_split()[0])  # and the validation at the end
+    finally:
+        splits.write_text(text)

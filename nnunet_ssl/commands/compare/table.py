@@ -59,7 +59,7 @@ def case_values(files: Sequence[Path]) -> dict[str, dict[str, float]]:
     folds: dict[str, list[np.ndarray]] = {}
     for file in files:
         labels: dict[str, list[list[float]]] = {}
-        with file.open(newline="") as f:
+        with file.open(newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
                 labels.setdefault(row["case"], []).append([float(row[name]) for name in METRICS])
         for case, values in labels.items():

@@ -174,8 +174,11 @@ def cases_of(training: Training) -> list[tuple[str, str]]:
         numbers, listed = {"labeled": len(fold["train"]), "validation": len(fold["val"])}, fold["unlabeled"]
     else:
         return [("cases", f"not known here: {splits} is missing")]
-    numbers["unlabeled"] = len(find_unlabeled(folder, identifier, listed))
-    return [(f"{kind} cases", str(number)) for kind, number in numbers.items()]
+    found = [(f"{kind} cases", str(number)) for kind, number in numbers.items()]
+    try:
+        return [*found, ("unlabeled cases", str(len(find_unlabeled(folder, identifier, listed))))]
+    except (OSError, ValueError) as error:  # data that was removed or changed since the training
+        return [*found, ("unlabeled cases", f"not known here: {error}")]
 
 
 def settings_of(training: Training) -> Table:
