@@ -319,7 +319,7 @@ def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_
     trainer = started(TwoGraphs, tiny_dataset)
     log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert "WARNING: 1 scan of" in log
-    assert "Run: nnunet-ssl preprocess -d 701 -c 3d_fullres -p nnUNetPlans\n" in log
+    assert "Run: nnunet-ssl preprocess -d 701 -c 3d_fullres -p nnUNetPlans" in log
 
 
 # ---- what is refused, before any epoch ----
