@@ -50,6 +50,7 @@ def command(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_stock_commands_train_continue_and_predict(tiny_dataset, command, tmp_path):
     train = "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerMine -device cpu"
     model = Path(nnUNet_results) / "Dataset701_Tiny" / "nnUNetTrainerMine__nnUNetPlans__3d_fullres"

@@ -399,7 +399,8 @@ def test_the_supervised_baseline_has_them_too(tiny_dataset):
 SCRIPT = """
 if __name__ == "__main__":  # the workers, which import this file, need nothing of what follows
     import multiprocessing, sys
-    multiprocessing.set_start_method("spawn")  # as on Windows and macOS; a fork server pickles the same
+    multiprocessing.set_start_method("forkserver")  # it pickles what spawning does, as on Windows and macOS,
+    multiprocessing.set_forkserver_preload(["nnunet_ssl.trainer"])  # but imports nnU-Net once for all workers
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     import torch
@@ -484,6 +485,7 @@ def parent(process):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table from /proc")
 def test_two_workers_serve_both_phases_and_end_with_the_training(tiny_dataset, tmp_path):
     file = tmp_path / "script.py"

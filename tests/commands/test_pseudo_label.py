@@ -279,6 +279,7 @@ def test_an_interrupted_run_leaves_no_dataset(labels):
     assert not list(Path(paths.nnUNet_preprocessed).glob("Dataset983*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_restart_labels_only_the_scans_that_are_left(labels, network, written, capsys, num_processes):
     before = {file.name: file.stat().st_mtime_ns for file in labels.iterdir()}

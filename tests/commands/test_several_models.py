@@ -125,6 +125,7 @@ def test_the_worst_scans_are_left_out(command, expected):
     assert not set(worst) & description()["dataset"].keys()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_labels_and_disagreements(command, expected, monkeypatch):
     original, calls = nnUNetPredictor.predict_logits_from_preprocessed_data, []
 

@@ -113,8 +113,11 @@ def test_every_network_is_compiled_and_computes_the_same(
         assert all(torch.equal(one, two) for one, two in zip(network.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerM3HL, nnUNetTrainerCoLearning])
-@pytest.mark.parametrize(("fixture", "configuration"), NETWORKS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer_class", "fixture", "configuration"),
+    [*((nnUNetTrainerM3HL, *network) for network in NETWORKS), (nnUNetTrainerCoLearning, *NETWORKS[0])],
+)
 def test_networks_of_every_kind_with_the_real_compiler(trainer_class, fixture, configuration, compiling, request):
     data = request.getfixturevalue(fixture)
     _, _, eager, (losses, expected) = both(trainer_class, data, configuration, compiling)
