@@ -6,7 +6,7 @@ SSL4MIS benchmark and of the semi-supervised literature since.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,9 +99,9 @@ def convert(
     patients = _find_patients(root, h5, [*train, *val], test, allow_missing)
     folds = make_folds({n: case_names(n, patient) for n, patient in patients.items()}, labeled, train, val)
     check_splits(splits, folds, overwrite)
-    if cine_frames == 0:
-        refuse_cine(raw / "imagesUn", [*val, *test])
-    else:
+    old = [raw / "imagesUn"] if cine_frames == 0 else []  # else it is replaced
+    refuse_cine([*old, *splits.parent.glob("*_unlabeled")], [*val, *test])
+    if cine_frames != 0:
         require_cine({number: patients[number] for number in train if number in patients}, h5)
     if h5:
         print(f"Reading the h5 files in {root}; their spacing is not known and is set to 1 x 1 x {slice_spacing:g} mm.")
@@ -145,15 +145,15 @@ def make_folders(raw: Path, tested: bool, cine: bool) -> None:
         (raw / "imagesUn").mkdir()
 
 
-def refuse_cine(images: Path, patients: Sequence[int]) -> None:
-    """Raises ValueError where imagesUn, which stays as it is, has frames of patients for validation or testing."""
+def refuse_cine(folders: Iterable[Path], patients: Sequence[int]) -> None:
+    """Raises ValueError where folders of unlabeled frames, which stay, have some of held-out patients."""
     names = [f"patient{number:03d}" for number in patients]
-    there = [name for name in names if images.is_dir() and any(images.glob(f"{name}_frame*"))]
-    if there:
-        raise ValueError(
-            f"{images} has frames of {', '.join(there[:5])}, for validation or testing now. Remove {images}, or write "
-            f"its frames anew: --cine-frames all."
-        )
+    for folder in folders:
+        there = [name for name in names if any(folder.glob(f"{name}_frame*"))]
+        if there:
+            raise ValueError(
+                f"{folder} has frames of {', '.join(there[:5])}, for validation or testing now. Remove this folder."
+            )
 
 
 def require_cine(patients: dict[int, Patient], h5: bool) -> None:

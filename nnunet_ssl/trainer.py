@@ -428,6 +428,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
         stock, deployed = super().save_checkpoint, unwrap(self._deployed())
         progress = {"step": self.step, "supervised_epochs": self.supervised_epochs}
+        progress["labeled"] = self._split and list(self._split[0])  # None: no training has begun
         optimizers = (self.optimizer, self.optimizers)
         checkpoints.save(Path(filename), stock, networks, *optimizers, deployed, progress, self.current_epoch)
 
@@ -440,7 +441,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": self.network, **vars(self.companions)}
         training = (type(self).__name__, self.plans_manager.plans_name, self.configuration_name)
         checkpoints.check_networks(file, checkpoint, networks, training)
-        require_hidden(self._splits_file, self.fold, file)
+        learnt = checkpoint.get(checkpoints.CHECKPOINT_KEY, {}).get("labeled", ())
+        require_hidden(self._splits_file, self.fold, file, learnt)
         state = checkpoint.get(checkpoints.CHECKPOINT_KEY)
         self.current_epoch = checkpoint["current_epoch"]
         if state is not None:

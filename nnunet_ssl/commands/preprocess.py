@@ -29,6 +29,7 @@ from nnunet_ssl.data.scans import changed_at, name_problems, no_scan, reserved_n
 from nnunet_ssl.system.disk import say_full_disk
 from nnunet_ssl.system.lock import check_part, locked_part, part_suffix
 from nnunet_ssl.system.pool import run_all, worker_pool
+from nnunet_ssl.system.wording import counted
 
 NO_SCANS = """No unlabeled scans in {images}. There are two ways to give some, which can be used together:
   1. Put scans without any label file into {default}, named CASE_0000{ending} (CASE_0001{ending}, ... for further
@@ -50,9 +51,9 @@ def preprocess_unlabeled(
 ) -> None:
     """Check the scans in `imagesUn`, then write them to `<data_identifier>_unlabeled` as nnU-Net preprocesses a scan.
 
-    A run that was interrupted goes on where it stopped: complete cases are neither read nor written again, unless
-    their scan is newer. Nothing is written unless every scan is sound: can be read, is no copy of another one,
-    and has values and a size as the labeled ones have.
+    A run that was interrupted goes on where it stopped: complete cases are neither read nor written again; a warning
+    names those whose scan is newer. Nothing is written unless every scan is sound: can be read, is no copy of another
+    one, and has values and a size as the labeled ones have.
 
     Args:
         dataset: id or name, as in nnU-Net's commands.
@@ -95,10 +96,9 @@ def preprocess_unlabeled(
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(only_run(target, part_id, num_parts))
-        there = {target: finished_cases(target) for target in targets}
-        finished = {target: cases - changed_cases(target, cases, share) for target, cases in there.items()}
+        finished = {target: finished_cases(target) for target in targets}
         jobs = [(target, case) for target, cases in finished.items() for case in share if case not in cases]
-        used = [cases & transductive_cases(target) for target, cases in there.items()]
+        used = [cases & transductive_cases(target) for target, cases in finished.items()]
         chosen = set().union(*used, scans if transductive else ())
         problems = [no_scan(file, dataset_json["file_ending"]) for file in unrecognised]
         problems += misnamed(images, scans, share, finished, chosen, raw, folder, dataset_json)
@@ -112,10 +112,14 @@ def preprocess_unlabeled(
             write_settings(target, preprocessing_settings(plans, configuration), chosen)
         unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
         write_cases(pool, share, jobs, targets, unfinished, plans, dataset_json)
-    for target, cases in there.items():
-        again = f", {len(cases - finished[target])} done again, whose scans are newer" * (cases != finished[target])
-        new = len(share.keys() - cases)
-        print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {new} of them new{again}.")
+    for target, cases in finished.items():
+        print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {len(share.keys() - cases)} of them new.")
+        if changed := changed_cases(target, cases, share):
+            names = ", ".join(sorted(changed)[:5])
+            print(
+                f"WARNING: {counted(len(changed), 'scan is', 'scans are')} newer than the preprocessed cases: {names}. "
+                f"To preprocess them again, remove {target}/CASE.* and {target}/CASE_seg.*, and run this again."
+            )
         if cases - scans.keys():
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")
 
@@ -123,7 +127,8 @@ def preprocess_unlabeled(
 def changed_cases(target: Path, cases: set[str], scans: dict[str, list[Path]]) -> set[str]:
     """Those of a folder's complete cases whose scans are newer."""
     written = {case: (target / f"{case}.pkl").stat().st_mtime_ns for case in cases & scans.keys()}
-    return {case for case, time in written.items() if max(map(changed_at, scans[case])) > time}
+    there = {case: [file for file in scans[case] if file.exists()] for case in written}  # a link may lead nowhere
+    return {case for case, files in there.items() if any(changed_at(file) > written[case] for file in files)}
 
 
 def only_run(target: Path, part_id: int, num_parts: int) -> AbstractContextManager[None]:

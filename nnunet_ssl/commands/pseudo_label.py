@@ -19,7 +19,7 @@ from nnunet_ssl.commands.ranking_files import require_usable, take_labels
 from nnunet_ssl.commands.trained_models import Network, plans_without_cascade, states_of, trained_models
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.fold_scans import sort_folds
-from nnunet_ssl.data.splits import save_splits
+from nnunet_ssl.data.splits import require_hidden, save_splits
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import run_all
@@ -96,6 +96,9 @@ def pseudo_label(
     else:
         kind = {"dataset": name, "configuration": configuration, "plans": plans_identifier}
         made = require_usable(predictions, kind, folds, scans)
+        for file in (Path(network["file"]) for network in made["networks"].values()):
+            fold = file.parent.name.removeprefix("fold_")
+            require_hidden(preprocessed / "splits_final.json", int(fold) if fold.isdecimal() else fold, file)
         require_enough(len(made["networks"]), scans, uncertain, drop_worst)
         origin |= {"trainer": alone(made["trainers"]), "checkpoint": made["checkpoint"], "also": made["also"]}
         origin |= {"networks": list(made["networks"])}

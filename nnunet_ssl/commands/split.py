@@ -9,7 +9,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
-from nnunet_ssl.data.splits import refuse_running_trainings, save_splits
+from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.system.wording import counted
 
 KINDS = {"train": "labeled", "val": "for validation", "unlabeled": "unlabeled"}
@@ -75,7 +75,6 @@ def split_dataset(
         )
     folds = nested_folds([str(case) for case in files], labeled, val, seed)
     path = Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
-    refuse_running_trainings(name)
     save_splits(path, folds, overwrite)
     for number, fold in enumerate(folds):
         counts = ", ".join(f"{len(fold[key])} {kind}" for key, kind in KINDS.items())

@@ -1,6 +1,7 @@
 """An existing supervised model in place of a training's supervised phase."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +11,17 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.data.splits import labeled_then, read_splits
+from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
-from nnunet_ssl.training.checkpoints import CHECKPOINTS, mismatched_networks, read_checkpoint, require_trained_as
+from nnunet_ssl.training.checkpoints import (
+    CHECKPOINT_KEY,
+    CHECKPOINTS,
+    mismatched_networks,
+    read_checkpoint,
+    require_trained_as,
+)
 from nnunet_ssl.training.preflight import only_training
 
 # of dataset.json and of a configuration: where they differ, a network's input or output means something else
@@ -73,7 +80,8 @@ def start_from(
     require_trained_as(file, state, configuration=state["init_args"]["configuration"], fold=model_fold)
     preprocessed = Path(paths.nnUNet_preprocessed) / name
     require_same(file, state["init_args"], configuration, preprocessed, plans_identifier)
-    require_known_cases(file, fold, model_fold, preprocessed, state["init_args"]["plans"]["dataset_name"])
+    learnt = state.get(CHECKPOINT_KEY, {}).get("labeled")
+    require_known_cases(file, fold, model_fold, preprocessed, state["init_args"]["plans"]["dataset_name"], learnt)
     target.mkdir(parents=True, exist_ok=True)
     with only_training(str(target), 0):
         existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
@@ -156,7 +164,12 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 def require_known_cases(
-    file: Path, fold: int | str, model_fold: int | str, preprocessed: Path, trained_on: str
+    file: Path,
+    fold: int | str,
+    model_fold: int | str,
+    preprocessed: Path,
+    trained_on: str,
+    learnt: Sequence[str] | None = None,
 ) -> None:
     """Raises ValueError where the model was trained on cases that are not among those of the fold.
 
@@ -168,15 +181,23 @@ def require_known_cases(
         model_fold: of the model.
         preprocessed: the dataset's folder in nnUNet_preprocessed.
         trained_on: name of the model's dataset.
+        learnt: its labeled cases; where they are not known, those of its fold as it is now.
     """
     own, other = (folder / "splits_final.json" for folder in (preprocessed, preprocessed.with_name(trained_on)))
     if fold == "all" and own == other:
         return
+    train = []
     for splits, number in ((own, fold), (other, model_fold)):
-        if number == "all" or number >= len(read_splits(splits)):
+        folds = read_splits(splits)
+        if number == "all" or number >= len(folds):
             raise ValueError(f"{file}: its training cases are not known, {splits} has no fold {number}.")
-    if seen := labeled_then(other, model_fold, file) - set(read_splits(own)[fold]["train"]):
+        train.append(set(folds[number]["train"]))
+    if seen := (train[1] if learnt is None else set(learnt)) - train[0]:
         raise ValueError(
             f"{file} was trained on other cases than fold {fold} of {own}, and may have seen labels that this fold "
             f"must not know: {', '.join(sorted(seen)[:5])}."
+        )
+    if learnt is None and other.stat().st_mtime > file.stat().st_mtime:
+        print(
+            f"WARNING: {other} is newer than {file}: see that fold {model_fold} had no other cases when it was trained."
         )

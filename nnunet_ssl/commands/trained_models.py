@@ -91,7 +91,7 @@ def trained_models(
     """The models of all trainers and folders, every fold of each.
 
     Raises: FileNotFoundError, with the command that trains it, where one is missing; ValueError where a further folder
-        has other plans, or a model has learnt labels that its fold hides now.
+        has other plans.
     """
     found = []
     for trainer in trainers:
@@ -101,16 +101,21 @@ def trained_models(
             if not found[-1].file.is_file():
                 command = f"nnUNetv2_train {name[7:10]} {configuration} {fold} -tr {trainer} -p {plans_identifier}"
                 raise FileNotFoundError(f"{found[-1].file} is missing. Train the model first: {command}")
-    found += further_models(also, found[0].folder, checkpoint, folds)
-    for model in found:
-        require_hidden(Path(paths.nnUNet_preprocessed) / name / "splits_final.json", model.fold, model.file)
-    return found
+    return found + further_models(also, found[0].folder, checkpoint, folds)
+
+
+def require_usable(model: Model, checkpoint: dict, configuration: str) -> None:
+    """Raises ValueError where a model is of another configuration or fold, or has learnt labels that its fold hides."""
+    require_trained_as(model.file, checkpoint, configuration, model.fold)
+    folder = Path(paths.nnUNet_preprocessed) / checkpoint["init_args"]["plans"]["dataset_name"]
+    learnt = checkpoint.get(CHECKPOINT_KEY, {}).get("labeled")
+    require_hidden(folder / "splits_final.json", model.fold, model.file, learnt)
 
 
 def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, int]]:
     """Size and time of change of the models' files, all of which are read once: they are used after all checks."""
     for model in models:
-        require_trained_as(model.file, read_checkpoint(model.file), configuration, model.fold)
+        require_usable(model, read_checkpoint(model.file), configuration)
     return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
 
 
@@ -127,12 +132,13 @@ def all_networks(
         wanted: names of networks in the checkpoints; none: all that segment.
 
     Raises:
-        ValueError: a checkpoint is damaged, of another configuration or fold, or has no such network.
+        ValueError: a checkpoint is damaged, of another configuration or fold, has learnt labels that its fold hides
+            now, or has no such network.
     """
     found = []
     for model in models:
         checkpoint = read_checkpoint(model.file)
-        require_trained_as(model.file, checkpoint, configuration, model.fold)
+        require_usable(model, checkpoint, configuration)
         names = [n for i, n in enumerate(network_weights(checkpoint)) if i == 0 or n.startswith(("student", "teacher"))]
         if unknown := [name for name in wanted if name not in names]:
             raise ValueError(f"{model.file} has no network {unknown[0]!r}; it has {', '.join(sorted(names))}.")

@@ -211,7 +211,8 @@ def name_errors(case: str, files: Sequence[Path], expected: Expected) -> list[st
             f"{name}{others}: nnU-Net takes {digits} for a channel, but dataset.json has {len(channels)} "
             f"({', '.join(channels)}). A scan of its own has to be called {of_its_own}."
         ]
-    if issubclass(expected.reader, Tiff3DIO) and channel_of(files[0], ending) is None:
+    lost = files[0].is_dir() or files[0].with_name(f"{case}.json").is_file()
+    if lost and issubclass(expected.reader, Tiff3DIO) and channel_of(files[0], ending) is None:
         fix = "a DICOM series has to be converted to" if files[0].is_dir() else "rename it to"
         name = f"{case}_0000{ending}"
         return [f"{files[0].name}: nnU-Net finds the spacing, in {case}.json, of the name {name} only; {fix} {name}"]

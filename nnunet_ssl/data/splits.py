@@ -1,6 +1,7 @@
 """Which cases a fold trains on with labels, which ones without, and which ones it validates on."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -50,35 +51,37 @@ def read_fold(path: Path, number: int) -> dict[str, list[str]]:
     return fold
 
 
-def labeled_then(path: Path, number: int, model: Path) -> set[str]:
-    """The labeled cases of a fold when a model of it was written: of splits_final.json or of the backup of that time.
+def labels_learnt(folder: Path) -> int | None:
+    """With how many labeled cases the model in a fold's folder was trained, by its newest log; None without one."""
+    logs = {tuple(map(int, re.findall(r"\d+", log.stem))): log for log in folder.glob("training_log_*.txt")}
+    if not logs:
+        return None
+    text = logs[max(logs)].read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"split has (\d+) training and", text)  # nnU-Net's sentence
+    return int(found[-1]) if found else None
 
-    Where all of these are younger than the model, the present ones, and a warning is printed.
+
+def require_hidden(path: Path, number: int | str, model: Path, learnt: Collection[str] | None = None) -> None:
+    """Raises ValueError where a model has learnt labels that the same fold hides or validates on now.
 
     Args:
-        path: of splits_final.json, which is there.
+        path: of splits_final.json; nothing is checked where there is none.
         number: of the fold.
-        model: a checkpoint.
-
-    Raises: ValueError where there is no such fold.
+        model: file in the folder of the fold.
+        learnt: the cases; where they are not known, their number in the log counts.
     """
-    written = model.stat().st_mtime_ns
-    versions = {file: file.stat().st_mtime_ns for file in (path, *path.parent.glob(f"{path.name}.bak*"))}
-    older = [file for file, time in versions.items() if time <= written]
-    version = max(older, key=versions.get, default=path)
-    if not older:
-        print(f"WARNING: {path} is newer than {model}: see that fold {number} had no other cases when it was trained.")
-    return set(read_fold(version, number)["train"])
-
-
-def require_hidden(path: Path, number: int | str, model: Path) -> None:
-    """Raises ValueError where a model has learnt labels that the same fold hides or validates on now."""
     if number == "all" or not path.is_file():
         return
-    if seen := labeled_then(path, number, model) - set(read_fold(path, number)["train"]):
+    known, count = set(read_fold(path, number)["train"]), labels_learnt(model.parent)
+    what = None
+    if learnt is not None and not known.issuperset(learnt):
+        what = f"the labels of {', '.join(sorted(set(learnt) - known)[:5])}"
+    elif learnt is None and count is not None and count > len(known):
+        what = f"{count} labels, and that fold has {len(known)} now"
+    if what:
         raise ValueError(
-            f"{model} has learnt labels that fold {number} of {path} hides or validates on now: "
-            f"{', '.join(sorted(seen)[:5])}. The split has changed since: train the model again, or restore the backup."
+            f"{model} has learnt labels that fold {number} of {path} hides or validates on now: {what}. The split has "
+            f"changed since: train the model again in a new folder, or restore a backup of the split."
         )
 
 
@@ -93,19 +96,26 @@ def check_fold(path: Path, number: int) -> None:
 def check_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:
     """Refuse to replace a split that differs from `folds`.
 
-    Raises: FileExistsError without `overwrite`.
+    Raises: FileExistsError without `overwrite`, RuntimeError with it where a training of the dataset is running.
     """
-    if path.exists() and not overwrite and path.read_text() != _to_text(folds):
+    if not path.exists() or path.read_text() == _to_text(folds):
+        return
+    if not overwrite:
         raise FileExistsError(
             f"{path} already holds another split. Pass --overwrite to replace it (a backup is kept beside it)."
         )
+    refuse_running_trainings(path.parent.name)
 
 
 def refuse_running_trainings(dataset: str) -> None:
-    """Raises RuntimeError where a training of the dataset of this name is running; stock nnU-Net's do not tell."""
+    """Raises RuntimeError where a training of the dataset of this name is running.
+
+    nnU-Net's own trainings tell only where `nnunet-ssl compare` has started them.
+    """
     folder = Path(paths.nnUNet_results, dataset) if paths.nnUNet_results.is_set() else None
-    for lock in folder.glob("*/fold_*/.training.lock") if folder else ():
-        refuse_if_held(lock)
+    for pattern in ("*/fold_*/.training.lock", "*/.fold_*.lock") if folder else ():
+        for lock in folder.glob(pattern):
+            refuse_if_held(lock)
 
 
 def save_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool = False) -> None:

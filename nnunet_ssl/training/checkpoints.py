@@ -25,7 +25,7 @@ def save(
     optimizer: Optimizer,
     further: dict[str, Optimizer],
     deployed: nn.Module,
-    progress: dict[str, int],
+    progress: dict,
     epoch: int,
 ) -> None:
     """Writes nnU-Net's checkpoint with our state in it, as a whole or not at all.
@@ -37,7 +37,7 @@ def save(
         optimizer: of all that are trained, but for what further optimizers train.
         further: these, by name.
         deployed: one of the networks, which becomes nnU-Net's.
-        progress: numbers that tell how far the training is.
+        progress: what tells how far the training is, and on which cases.
         epoch: the present one, for the message.
 
     Raises:
@@ -113,7 +113,7 @@ def first_group_only(optimizer: Optimizer) -> Iterator[None]:
 
 
 def with_our_state(
-    stock: dict, states: dict[str, dict[str, Tensor]], optimizer: dict, deployed: str, progress: dict[str, int]
+    stock: dict, states: dict[str, dict[str, Tensor]], optimizer: dict, deployed: str, progress: dict
 ) -> dict:
     """nnU-Net's checkpoint with ours: the stock trainer loads it, and predicts with the deployed network.
 
@@ -122,7 +122,7 @@ def with_our_state(
         states: weights of "student" and of every companion.
         optimizer: state of the optimizer of all that are trained.
         deployed: which of them becomes nnU-Net's "network_weights".
-        progress: numbers that tell how far the training is; they become keys of ours.
+        progress: what tells how far the training is, and on which cases; it becomes keys of ours.
 
     Returns:
         `stock`.

@@ -810,13 +810,19 @@ def test_nnunet_trains_and_predicts_in_a_job_and_nothing_is_left_to_do_then(tmp_
     assert "Finished before: 1 of 1 job" in capsys.readouterr().out
 
 
-def test_a_model_of_an_earlier_split_is_not_compared(trained, fake, capsys):
+def test_models_of_an_earlier_split_are_not_compared(trained, fake, capsys):
+    def learnt(number, *trainers):
+        for trainer in trainers:
+            sentence = f"2026: This split has {number} training and 1 validation cases.\n"
+            (checkpoint(trained, trainer).parent / "training_log_2026_1_1_1_1_1.txt").write_text(sentence)
+
+    learnt(2, *THREE)
+    refused(trained, capsys, "fold_0/checkpoint_final.pth has learnt labels that fold 0 of")
     splits = trained / "preprocessed/Dataset801_Compare/splits_final.json"
-    os.utime(splits, (1, 1))  # before the models
-    other, same = {"train": ["x", "w"], "val": ["y"]}, {"train": ["x"], "val": ["y"]}
-    save_splits(splits, [other, same], overwrite=True)
-    os.utime(splits, (2**32, 2**32))
-    refused(trained, capsys, ("fold_0 was trained with other labeled cases than fold 0 of", "train it again"))
-    save_splits(splits, [same, other], overwrite=True)
-    os.utime(splits, (2**32, 2**32))
+    save_splits(splits, [{"train": ["x", "w"], "val": ["y"]}] * 2, overwrite=True)
+    learnt(1, THREE[1])
+    refused(
+        trained, capsys, (f"{THREE[1]}__", "with 1 labeled case,", f"{THREE[0]}__", "with 2: the split has changed")
+    )
+    learnt(1, *THREE)  # all before `split --add`
     assert compare() == 0

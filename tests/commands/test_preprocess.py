@@ -425,7 +425,6 @@ def test_a_restart_redoes_half_written_cases_and_keeps_the_others(folder, lost):
 def test_a_finished_case_is_not_read_again_and_a_new_one_is(folder, images):
     preprocess(images=images)
     (images / f"{CASES[0]}_0000.nii.gz").write_bytes(b"not an image")
-    os.utime(images / f"{CASES[0]}_0000.nii.gz", (1, 1))
     preprocess(images=images)
     (images / "new_0000.nii.gz").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"new_0000\.nii\.gz: cannot be read") as error:
@@ -433,16 +432,20 @@ def test_a_finished_case_is_not_read_again_and_a_new_one_is(folder, images):
     assert CASES[0] not in str(error.value)
 
 
-def test_a_finished_case_whose_scan_was_corrected_is_done_again(folder, images, capsys):
+def test_a_finished_case_whose_scan_is_newer_is_named(folder, images, capsys):
     preprocess(images=images)
-    before, file = content(target_of(folder)), images / f"{CASES[0]}_0000.nii.gz"
-    edit(file, lambda image: sitk.Cast(image > 0, image.GetPixelID()) * 9 + image)
-    preprocess(images=images, accept=CASES)
-    assert "2, 0 of them new, 1 done again, whose scans are newer." in capsys.readouterr().out
-    changed = {name for name, array in content(target_of(folder)).items() if not np.array_equal(array, before[name])}
-    assert {name.removesuffix("_seg") for name in changed} == {CASES[0]}
-    preprocess(images=images, accept=CASES)
-    assert "0 of them new.\n" in capsys.readouterr().out
+    before, file = (target_of(folder) / f"{CASES[0]}.pkl").stat().st_mtime_ns, images / f"{CASES[0]}_0001.nii.gz"
+    assert "WARNING" not in capsys.readouterr().out
+    os.utime(file, ns=(before + 1, before + 1))
+    (images / f"{CASES[1]}_0000.nii.gz").unlink()
+    (images / f"{CASES[1]}_0000.nii.gz").symlink_to(images / "nowhere")
+    preprocess(images=images)
+    said = capsys.readouterr().out
+    assert f"WARNING: 1 scan is newer than the preprocessed cases: {CASES[0]}. To preprocess them again, remove" in said
+    for name in target_of(folder).glob(f"{CASES[0]}*"):
+        name.unlink()
+    preprocess(images=images)
+    assert "2, 1 of them new" in capsys.readouterr().out
 
 
 def test_a_finished_case_that_was_labeled_since_is_refused(folder, images):
@@ -649,6 +652,8 @@ def test_the_spacing_of_a_tiff_needs_the_name_that_nnunet_looks_for(tmp_path):
         assert error.endswith(f"{fix} a_0000.tif")
     (tmp_path / "a.tif").rename(tmp_path / "a_0000.tif")
     assert check_scan("a", [tmp_path / "a_0000.tif"], expected).errors == []
+    (tmp_path / "a_0000.tif").rename(tmp_path / "b.tif")  # which has no spacing to lose
+    assert check_scan("b", [tmp_path / "b.tif"], expected).errors == []
 
 
 def test_names_in_a_table_of_the_dataset_tell_nothing(tmp_path):

@@ -181,16 +181,18 @@ def test_scans_are_compared_and_let_through_by_name(model, network):
 
 def test_a_model_that_has_seen_hidden_labels_is_refused(model, tiny_dataset):
     splits = tiny_dataset / "splits_final.json"
-    text, times = splits.read_text(encoding="utf-8"), splits.stat()
+    text = splits.read_text(encoding="utf-8")
     [fold] = json.loads(text)
     try:
         save_splits(splits, [fold | {"train": LABELED[1:], "unlabeled": [*fold["unlabeled"], LABELED[0]]}], True)
-        refused(ValueError, f"has learnt labels that fold 0 of .* hides or validates on now: {LABELED[0]}")
+        refused(
+            ValueError,
+            r"has learnt labels that fold 0 of .* hides or validates on now: 2 labels, and that fold has 1 now",
+        )
     finally:
         for backup in splits.parent.glob("splits_final.json.bak*"):
             backup.unlink()
         splits.write_text(text)
-        os.utime(splits, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @pytest.mark.parametrize("number", [0, 1000, -5])

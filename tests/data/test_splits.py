@@ -1,10 +1,9 @@
 import json
-import os
 
 import pytest
 
 from nnunet_ssl.commands.split import nested_folds, split_dataset
-from nnunet_ssl.data.splits import labeled_then, require_hidden, save_splits
+from nnunet_ssl.data.splits import labels_learnt, require_hidden, save_splits
 from nnunet_ssl.system.lock import locked
 
 OLD = [{"train": ["a"], "val": ["b"]}]
@@ -169,30 +168,39 @@ def test_an_unknown_dataset_is_refused(raw):
     assert preprocessed_is_untouched(raw)
 
 
-def test_the_labels_of_a_model_are_those_of_the_split_of_its_time(tmp_path, capsys):
-    path, model, times = tmp_path / "splits_final.json", tmp_path / "checkpoint_final.pth", iter(range(10, 100, 20))
-    for cases in (["a", "b"], ["a", "b", "c"], ["a"]):
-        save_splits(path, [{"train": cases, "val": ["z"]}], overwrite=True)
-        os.utime(path, (0, next(times)))  # 10, 30, 50
-    model.touch()
-    for time, labels in ((20, {"a", "b"}), (40, {"a", "b", "c"}), (60, {"a"})):
-        os.utime(model, (0, time))
-        assert labeled_then(path, 0, model) == labels
-    assert capsys.readouterr().out == ""
+def test_what_a_model_has_learnt_is_looked_up_in_its_checkpoint_or_its_newest_log(tmp_path):
+    path, model = tmp_path / "splits_final.json", tmp_path / "fold_0" / "checkpoint_final.pth"
+    model.parent.mkdir()
+    save_splits(path, [{"train": ["a", "b"], "val": ["z"]}])
+    assert labels_learnt(model.parent) is None
     require_hidden(path, 0, model)
-    os.utime(model, (0, 40))
-    with pytest.raises(ValueError, match=r"learnt labels that fold 0 of .* hides or validates on now: b, c\. .*backup"):
+    refused = r"checkpoint_final.pth has learnt labels that fold 0 of .* hides or validates on now: "
+    require_hidden(path, 0, model, ["b"])
+    with pytest.raises(ValueError, match=refused + "the labels of c, d. The split has changed"):
+        require_hidden(path, 0, model, ["d", "a", "c"])
+    for day, number in ((9, 2), (10, 3)):  # the newest is the last one by date, not by name
+        log = model.with_name(f"training_log_2026_11_{day}_08_00_00.txt")
+        log.write_text(
+            f"2026: This split has 1 training and 1 validation cases.\n2026: This split has {number} training and"
+        )
+    assert labels_learnt(model.parent) == 3
+    with pytest.raises(ValueError, match=refused + "3 labels, and that fold has 2 now"):
         require_hidden(path, 0, model)
+    require_hidden(path, 0, model, ["a", "b"])  # the cases count more than a number
     require_hidden(path, "all", model)
-    os.utime(model, (0, 5))
+    path.unlink()
     require_hidden(path, 0, model)
-    assert f"WARNING: {path} is newer than {model}" in capsys.readouterr().out
 
 
 def test_the_split_of_a_running_training_is_not_replaced(raw):
     fold = raw.parents[1] / "results" / raw.name / "nnUNetTrainerM3HL__nnUNetPlans__3d_fullres/fold_0"
     fold.mkdir(parents=True)
-    with locked(fold / ".training.lock", f"training in {fold}"), pytest.raises(RuntimeError, match="has been training"):
-        split_dataset("7", [3])
-    assert preprocessed_is_untouched(raw)
     split_dataset("7", [3])
+    for lock in (fold / ".training.lock", fold.with_name(".fold_0.lock")):  # the second one is held by `compare`
+        with locked(lock, f"training in {fold}"):
+            split_dataset("7", [3])  # nothing would change
+            with pytest.raises(FileExistsError):
+                split_dataset("7", [4])
+            with pytest.raises(RuntimeError, match="has been training"):
+                split_dataset("7", [4], overwrite=True)
+    split_dataset("7", [4], overwrite=True)

@@ -233,6 +233,13 @@ def test_frames_of_patients_that_became_test_patients_do_not_stay_unlabeled(tmp_
     assert main([*command.split(), "--test-list", str(listed)]) == 1
     assert "imagesUn has frames of patient099, for validation or testing now." in capsys.readouterr().err
     shutil.rmtree(Path(paths.nnUNet_raw) / "Dataset978_ACDC/imagesUn")
+    done = Path(paths.nnUNet_preprocessed) / "Dataset978_ACDC/nnUNetPlans_2d_unlabeled"
+    done.mkdir()
+    (done / "patient099_frame02.b2nd").touch()
+    for cine in ("0", "all"):
+        assert main([*command.split(), "--test-list", str(listed), "--cine-frames", cine]) == 1
+        assert f"{done} has frames of patient099" in capsys.readouterr().err
+    shutil.rmtree(done)
     assert main([*command.split(), "--test-list", str(listed)]) == 0
 
 

@@ -164,7 +164,7 @@ def test_a_training_is_not_continued_with_labels_that_are_hidden_since(tiny_data
     hidden = fold["train"][-1]
     try:
         save_splits(splits, [fold | {"train": fold["train"][:-1], "unlabeled": [*fold["unlabeled"], hidden]}], True)
-        with pytest.raises(ValueError, match=f"hides or validates on now: {hidden}"):
+        with pytest.raises(ValueError, match=f"hides or validates on now: the labels of {hidden}"):
             make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset).load_checkpoint(file)
         save_splits(splits, [fold], True)
         make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset).load_checkpoint(file)

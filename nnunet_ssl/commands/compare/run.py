@@ -15,7 +15,7 @@ from nnunet_ssl.commands.compare.table import case_values, comma_separated, late
 from nnunet_ssl.data.dataset_json import channel_names, read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.data.scans import find_scans
-from nnunet_ssl.data.splits import check_fold, labeled_then, read_fold
+from nnunet_ssl.data.splits import check_fold, labels_learnt, require_hidden
 from nnunet_ssl.system.cluster import make_executor, run_jobs
 from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
@@ -87,7 +87,7 @@ def compare(
         require_device(device)
     if not train:
         check_trained(jobs)
-    check_labels([job for job in jobs if trained(job)])
+    check_labels(jobs)
 
     for folder in (output / "logs", output / "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,16 +160,19 @@ def check_trained(jobs: Sequence[Job]) -> None:
 
 
 def check_labels(jobs: Sequence[Job]) -> None:
-    """Raises ValueError where a trained model has learnt other labels than its fold has now."""
-    for job in (job for job in jobs if job.fold != "all"):
-        splits, model = Path(paths.nnUNet_preprocessed, job.dataset, "splits_final.json"), job.model
-        if not splits.is_file():
-            continue
-        then = labeled_then(splits, job.fold, model / "checkpoint_final.pth")
-        if then != set(read_fold(splits, job.fold)["train"]):
+    """Raises ValueError where a model, finished or not, has learnt labels that its fold hides, or more than others.
+
+    Their logs tell how many labels they have learnt.
+    """
+    learnt = {}
+    for job in (job for job in jobs if job.model.is_dir()):
+        splits = Path(paths.nnUNet_preprocessed, job.dataset, "splits_final.json")
+        require_hidden(splits, job.fold, job.model / "checkpoint_final.pth")
+        first, number = learnt.setdefault(job.fold, (job.model, labels_learnt(job.model)))
+        if None not in (number, labels_learnt(job.model)) and number != labels_learnt(job.model):
             raise ValueError(
-                f"{model} was trained with other labeled cases than fold {job.fold} of {splits} has now: the split has "
-                f"changed since. Move the folder away, and train it again."
+                f"{job.model} was trained with {counted(labels_learnt(job.model), 'labeled case')}, {first} with "
+                f"{number}: the split has changed between them. Move the older one away, and train it again."
             )
 
 
