@@ -441,9 +441,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         networks = {"student": self.network, **vars(self.companions)}
         training = (type(self).__name__, self.plans_manager.plans_name, self.configuration_name)
         checkpoints.check_networks(file, checkpoint, networks, training)
-        learnt = checkpoint.get(checkpoints.CHECKPOINT_KEY, {}).get("labeled", ())
-        require_hidden(self._splits_file, self.fold, file, learnt)
         state = checkpoint.get(checkpoints.CHECKPOINT_KEY)
+        learnt = (state or {}).get("labeled") or ()  # start-from names none, and has looked at them
+        require_hidden(self._splits_file, self.fold, file, learnt)
         self.current_epoch = checkpoint["current_epoch"]
         if state is not None:
             self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase

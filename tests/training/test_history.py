@@ -184,6 +184,6 @@ def test_a_table_that_cannot_be_written_is_a_warning(tiny_dataset, monkeypatch):
     trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, num_epochs=1)
     monkeypatch.setattr(History, "append", occupied)
     trainer.run_training()
-    [log] = Path(trainer.output_folder).glob("training_log*")
-    assert "WARNING: no table or picture of this epoch ([Errno 13] open in another program" in log.read_text()
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert "WARNING: no table or picture of this epoch ([Errno 13] open in another program" in log
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
