@@ -442,8 +442,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         training = (type(self).__name__, self.plans_manager.plans_name, self.configuration_name)
         checkpoints.check_networks(file, checkpoint, networks, training)
         state = checkpoint.get(checkpoints.CHECKPOINT_KEY)
-        learnt = (state or {}).get("labeled") or ()  # start-from names none, and has looked at them
-        require_hidden(self._splits_file, self.fold, file, learnt)
+        require_hidden(self._splits_file, self.fold, file, checkpoints.labeled_cases(checkpoint) or ())
         self.current_epoch = checkpoint["current_epoch"]
         if state is not None:
             self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase

@@ -114,21 +114,22 @@ def preprocess_unlabeled(
         write_cases(pool, share, jobs, targets, unfinished, plans, dataset_json)
     for target, cases in finished.items():
         print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {len(share.keys() - cases)} of them new.")
-        if changed := changed_cases(target, cases, share):
-            names = ", ".join(sorted(changed)[:5])
-            print(
-                f"WARNING: {counted(len(changed), 'scan is', 'scans are')} newer than the preprocessed cases: {names}. "
-                f"To preprocess them again, remove {target}/CASE.* and {target}/CASE_seg.*, and run this again."
-            )
+        name_changed(target, cases, share)
         if cases - scans.keys():
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")
 
 
-def changed_cases(target: Path, cases: set[str], scans: dict[str, list[Path]]) -> set[str]:
-    """Those of a folder's complete cases whose scans are newer."""
+def name_changed(target: Path, cases: set[str], scans: dict[str, list[Path]]) -> None:
+    """Prints a warning with those of a folder's complete cases whose scans are newer."""
     written = {case: (target / f"{case}.pkl").stat().st_mtime_ns for case in cases & scans.keys()}
     there = {case: [file for file in scans[case] if file.exists()] for case in written}  # a link may lead nowhere
-    return {case for case, files in there.items() if any(changed_at(file) > written[case] for file in files)}
+    changed = [case for case, files in there.items() if any(changed_at(file) > written[case] for file in files)]
+    if changed:
+        print(
+            f"WARNING: {counted(len(changed), 'scan is', 'scans are')} newer than the preprocessed cases: "
+            f"{', '.join(sorted(changed)[:5])}. To preprocess them again, remove {target}/CASE.* and "
+            f"{target}/CASE_seg.*, and run this again."
+        )
 
 
 def only_run(target: Path, part_id: int, num_parts: int) -> AbstractContextManager[None]:

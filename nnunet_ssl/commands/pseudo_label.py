@@ -215,6 +215,7 @@ def publish(
     for temporary in (SCRATCH, DISAGREEMENT):
         shutil.rmtree(unfinished / temporary, ignore_errors=True)
     preprocessed.mkdir(exist_ok=True)
+    # as nnU-Net's move_plans_between_datasets, which needs the raw dataset that shall appear last
     with replacing(preprocessed / f"{plans['plans_name']}.json") as temporary:
         temporary.write_text(json.dumps(plans | {"dataset_name": folder.name}, indent=4))
     shutil.copy2(unfinished / "dataset.json", preprocessed)

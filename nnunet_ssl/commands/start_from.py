@@ -16,8 +16,8 @@ from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.training.checkpoints import (
-    CHECKPOINT_KEY,
     CHECKPOINTS,
+    labeled_cases,
     mismatched_networks,
     read_checkpoint,
     require_trained_as,
@@ -80,8 +80,8 @@ def start_from(
     require_trained_as(file, state, configuration=state["init_args"]["configuration"], fold=model_fold)
     preprocessed = Path(paths.nnUNet_preprocessed) / name
     require_same(file, state["init_args"], configuration, preprocessed, plans_identifier)
-    learnt = state.get(CHECKPOINT_KEY, {}).get("labeled")
-    require_known_cases(file, fold, model_fold, preprocessed, state["init_args"]["plans"]["dataset_name"], learnt)
+    trained_on = state["init_args"]["plans"]["dataset_name"]
+    require_known_cases(file, fold, model_fold, preprocessed, trained_on, labeled_cases(state))
     target.mkdir(parents=True, exist_ok=True)
     with only_training(str(target), 0):
         existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
@@ -169,7 +169,7 @@ def require_known_cases(
     model_fold: int | str,
     preprocessed: Path,
     trained_on: str,
-    learnt: Sequence[str] | None = None,
+    learnt: Sequence[str] | None,
 ) -> None:
     """Raises ValueError where the model was trained on cases that are not among those of the fold.
 

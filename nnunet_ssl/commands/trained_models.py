@@ -12,7 +12,7 @@ from torch import Tensor
 from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.data.splits import require_hidden
 from nnunet_ssl.system.files import read_json
-from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint, require_trained_as
+from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, labeled_cases, read_checkpoint, require_trained_as
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,17 @@ def trained_models(
     return found + further_models(also, found[0].folder, checkpoint, folds)
 
 
-def require_usable(model: Model, checkpoint: dict, configuration: str) -> None:
+def require_fitting(model: Model, checkpoint: dict, configuration: str) -> None:
     """Raises ValueError where a model is of another configuration or fold, or has learnt labels that its fold hides."""
     require_trained_as(model.file, checkpoint, configuration, model.fold)
     folder = Path(paths.nnUNet_preprocessed) / checkpoint["init_args"]["plans"]["dataset_name"]
-    learnt = checkpoint.get(CHECKPOINT_KEY, {}).get("labeled")
-    require_hidden(folder / "splits_final.json", model.fold, model.file, learnt)
+    require_hidden(folder / "splits_final.json", model.fold, model.file, labeled_cases(checkpoint))
 
 
 def states_of(models: Sequence[Model], configuration: str) -> list[tuple[int, int]]:
     """Size and time of change of the models' files, all of which are read once: they are used after all checks."""
     for model in models:
-        require_usable(model, read_checkpoint(model.file), configuration)
+        require_fitting(model, read_checkpoint(model.file), configuration)
     return [(model.file.stat().st_size, model.file.stat().st_mtime_ns) for model in models]
 
 
@@ -138,7 +137,7 @@ def all_networks(
     found = []
     for model in models:
         checkpoint = read_checkpoint(model.file)
-        require_usable(model, checkpoint, configuration)
+        require_fitting(model, checkpoint, configuration)
         names = [n for i, n in enumerate(network_weights(checkpoint)) if i == 0 or n.startswith(("student", "teacher"))]
         if unknown := [name for name in wanted if name not in names]:
             raise ValueError(f"{model.file} has no network {unknown[0]!r}; it has {', '.join(sorted(names))}.")

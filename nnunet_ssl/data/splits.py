@@ -72,12 +72,12 @@ def require_hidden(path: Path, number: int | str, model: Path, learnt: Collectio
     """
     if number == "all" or not path.is_file():
         return
-    known, count = set(read_fold(path, number)["train"]), labels_learnt(model.parent)
-    what = None
-    if learnt is not None and not known.issuperset(learnt):
-        what = f"the labels of {', '.join(sorted(set(learnt) - known)[:5])}"
-    elif learnt is None and count is not None and count > len(known):
-        what = f"{count} labels, and that fold has {len(known)} now"
+    known, what = set(read_fold(path, number)["train"]), ""
+    if learnt is None:
+        count = labels_learnt(model.parent) or 0
+        what = f"{count} labels, and that fold has {len(known)} now" * (count > len(known))
+    elif hidden := sorted(set(learnt) - known):
+        what = f"the labels of {', '.join(hidden[:5])}"
     if what:
         raise ValueError(
             f"{model} has learnt labels that fold {number} of {path} hides or validates on now: {what}. The split has "

@@ -174,6 +174,11 @@ def read_checkpoint(file: Path) -> dict:
     raise ValueError(f"{file} is cut off or damaged ({problem}). Restore a backup, or train again.")
 
 
+def labeled_cases(checkpoint: dict) -> list[str] | None:
+    """Whose labels a checkpoint has learnt; None where it does not say: nnU-Net's, older ones, those of start-from."""
+    return checkpoint.get(CHECKPOINT_KEY, {}).get("labeled")
+
+
 def require_trained_as(file: Path, checkpoint: dict, configuration: str, fold: int | str) -> None:
     """Raises ValueError where a checkpoint is of another configuration or fold than its folder says.
 

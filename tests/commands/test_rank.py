@@ -178,6 +178,22 @@ def test_the_scans_to_annotate_next_are_named_beside_a_random_choice(ranked):
     assert "is not proven" in printed
 
 
+def test_a_model_that_has_seen_labels_that_are_hidden_now_is_refused(ranked, tiny_dataset, tmp_path, capsys):
+    splits = tiny_dataset / "splits_final.json"
+    text = splits.read_text(encoding="utf-8")
+    [fold] = json.loads(text)
+    *kept, moved = fold["train"]
+    splits.write_text(json.dumps([fold | {"train": kept, "val": [*fold["val"], moved]}]))
+    try:
+        assert main([*COMMAND, "-o", str(tmp_path / "new")]) == 1
+        assert f"hides or validates on now: the labels of {moved}. The split" in capsys.readouterr().err
+        assert main([*LABEL, str(ranked[0])]) == 1  # it does not read the model: its log says how many
+        assert "hides or validates on now: 2 labels, and that fold has 1 now. The split" in capsys.readouterr().err
+    finally:
+        splits.write_text(text)
+    assert not list(Path(paths.nnUNet_raw).glob("*985*"))
+
+
 def counting(monkeypatch, stop_at=None):
     """Counts predictions; raises KeyboardInterrupt in place of that number."""
     original, calls = nnUNetPredictor.predict_logits_from_preprocessed_data, []

@@ -165,14 +165,16 @@ def check_labels(jobs: Sequence[Job]) -> None:
     Their logs tell how many labels they have learnt.
     """
     learnt = {}
-    for job in (job for job in jobs if job.model.is_dir()):
+    for job in jobs:
         splits = Path(paths.nnUNet_preprocessed, job.dataset, "splits_final.json")
         require_hidden(splits, job.fold, job.model / "checkpoint_final.pth")
-        first, number = learnt.setdefault(job.fold, (job.model, labels_learnt(job.model)))
-        if None not in (number, labels_learnt(job.model)) and number != labels_learnt(job.model):
+        if (number := labels_learnt(job.model)) is None:
+            continue
+        first, other = learnt.setdefault(job.fold, (job.model, number))
+        if number != other:
             raise ValueError(
-                f"{job.model} was trained with {counted(labels_learnt(job.model), 'labeled case')}, {first} with "
-                f"{number}: the split has changed between them. Move the older one away, and train it again."
+                f"{job.model} was trained with {counted(number, 'labeled case')}, {first} with {other}: the split has "
+                f"changed between them. Move the older one away, and train it again."
             )
 
 
