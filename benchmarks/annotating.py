@@ -30,7 +30,7 @@ TRAINER = "nnUNetTrainerM3HL"
 
 def choices(table: Path) -> dict[str, list[str]]:
     """The scans that each task annotates: the first of the table, and draws from all of it."""
-    with table.open(newline="") as f:
+    with table.open(encoding="utf-8", newline="") as f:
         cases = [row["case"] for row in csv.DictReader(f)]
     drawn = [np.random.default_rng(seed).choice(sorted(cases), NUMBER, replace=False) for seed in range(3)]
     return dict(zip(ANNOTATED, [cases[:NUMBER], *(sorted(map(str, draw)) for draw in drawn)], strict=True))

@@ -121,7 +121,7 @@ def prepared(trainer_class: type) -> nnUNetTrainer:
 
 def resident_mib(which: str) -> float:
     """VmRSS: memory of this process now; VmHWM: the most since the last reset."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[which].split()[0]) / 1024
 
 
@@ -133,7 +133,9 @@ def peak_memory(row: str, queue) -> None:
     file = str(Path(trainer.output_folder, "checkpoint.pth"))
     save(trainer, file)  # imports
     before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux; getrusage would have the peak of all that was before
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # Linux; getrusage would have the peak of all that was before
     save(trainer, file)
     queue.put(resident_mib("VmHWM") - before)
 

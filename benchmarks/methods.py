@@ -142,7 +142,7 @@ def listed(seeds: Sequence[int]) -> str:
 def locked(file: Path, wait: bool = False) -> Iterator[None]:
     """Holds a file's lock; raises BlockingIOError where another process has it, unless told to wait."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as f:
+    with file.open("w", encoding="utf-8") as f:
         os.set_inheritable(f.fileno(), True)  # a training that outlives this process keeps the lock
         fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -390,7 +390,7 @@ def runs_of(args) -> list[Run]:
 def runs_in(queue: Path, bf16: bool, parser: argparse.ArgumentParser) -> list[tuple[Run, str]]:
     """The runs of a queue's lines, each with the scans that it is measured on."""
     found = []
-    for line in queue.read_text().splitlines():
+    for line in queue.read_text(encoding="utf-8").splitlines():
         words = shlex.split(line, comments=True)
         try:
             args = parser.parse_args(["run", *words, *["--bf16"] * bf16]) if words else None

@@ -117,13 +117,13 @@ def use_bf16(trainer) -> None:
 
 
 def add_seconds(file: Path, seconds: dict[str, float]) -> None:
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(known | seconds))
 
 
 def cpu_seconds(file: Path) -> float:
-    return sum(json.loads(file.read_text()).values())
+    return sum(json.loads(file.read_text(encoding="utf-8")).values())
 
 
 def literal(value: str):

@@ -24,12 +24,12 @@ def ellipsoid(center: tuple[float, ...], radii: tuple[float, ...]) -> np.ndarray
 
 def resident_mib(which: str) -> float:
     """VmRSS: memory of this process now; VmHWM: the most since the start or the last `reset_peak`."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status[which].split()[0]) / 1024
 
 
 def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # Linux
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux
 
 
 def main() -> None:

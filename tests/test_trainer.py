@@ -52,7 +52,7 @@ def started(trainer, dataset, **settings):
 
 
 def read_csv(trainer):
-    with open(Path(trainer.output_folder) / "losses.csv", newline="") as f:
+    with open(Path(trainer.output_folder) / "losses.csv", encoding="utf-8", newline="") as f:
         return list(csv.DictReader(f))
 
 
@@ -441,7 +441,7 @@ def kill_in_write(trainer):
 
 
 def losses_of(folder):
-    with open(folder / "losses.csv", newline="") as f:
+    with open(folder / "losses.csv", encoding="utf-8", newline="") as f:
         return list(csv.reader(f))
 
 

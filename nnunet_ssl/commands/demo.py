@@ -189,7 +189,7 @@ def run(command: Command, log: Path, environment: dict[str, str], tick: Callable
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
     if code != 0:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
         raise SystemExit(
             f"{command.program} failed with exit code {code}. The end of its log:\n\n{end}\n\n"
             f"The whole log: {log}\nWhen the cause is gone, the same demo command goes on from here."
@@ -199,7 +199,10 @@ def run(command: Command, log: Path, environment: dict[str, str], tick: Callable
 
 def dice(summary: Path) -> list[float]:
     """Dice of every test scan in percent, from nnU-Net's summary.json."""
-    return [100 * case["metrics"]["1"]["Dice"] for case in json.loads(summary.read_text())["metric_per_case"]]
+    return [
+        100 * case["metrics"]["1"]["Dice"]
+        for case in json.loads(summary.read_text(encoding="utf-8"))["metric_per_case"]
+    ]
 
 
 def table(scores: dict[str, list[float]]) -> str:
@@ -342,7 +345,7 @@ def smooth_noise(rng: np.random.Generator, shape: Sequence[int], scale: float) -
 
 def add_configuration(file: Path) -> None:
     """Adds a configuration to the plans that a CPU can train in minutes."""
-    plans = json.loads(file.read_text())
+    plans = json.loads(file.read_text(encoding="utf-8"))
     plans["configurations"][CONFIGURATION] = small_configuration(plans, PATCH, FEATURES, BATCH_SIZE)
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(plans, indent=4))

@@ -54,7 +54,7 @@ def start_or_resume(unfinished: Path, record: str, kept: set[str], number: int, 
         shutil.rmtree(unfinished)
     labels.mkdir(parents=True)
     with replacing(unfinished / RECORD) as temporary:
-        temporary.write_text(record)
+        temporary.write_text(record, encoding="utf-8")
 
 
 def convert_series(case: str, files: list[str], folder: Path, ending: str) -> list[str]:

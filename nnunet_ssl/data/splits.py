@@ -98,7 +98,7 @@ def check_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool 
 
     Raises: FileExistsError without `overwrite`, RuntimeError with it where a training of the dataset is running.
     """
-    if not path.exists() or path.read_text() == _to_text(folds):
+    if not path.exists() or path.read_text(encoding="utf-8") == _to_text(folds):
         return
     if not overwrite:
         raise FileExistsError(
@@ -127,7 +127,7 @@ def save_splits(path: Path, folds: list[dict[str, list[str]]], overwrite: bool =
     check_splits(path, folds, overwrite)
     text = _to_text(folds)
     if path.exists():
-        if path.read_text() == text:
+        if path.read_text(encoding="utf-8") == text:
             return
         shutil.copy2(path, _free_backup(path))
     path.parent.mkdir(parents=True, exist_ok=True)

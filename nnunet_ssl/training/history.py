@@ -71,7 +71,7 @@ class History:
         # a line that was cut off belongs to an epoch that is going to be trained again
         kept = [row for row in rows if len(row) == len(header) and int(row[0]) < epoch]
         if kept:
-            with replacing(self.table) as temporary, open(temporary, "w", newline="") as f:
+            with replacing(self.table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
                 csv.writer(f).writerows([header, *kept])
         else:
             self.table.unlink(missing_ok=True)
@@ -97,10 +97,10 @@ class History:
         row = {"epoch": epoch, **losses, **observations}
         header, *rows = self.read() or [list(row)]
         if set(header) == set(row) and rows:
-            with self.table.open("a", newline="") as f:
+            with self.table.open("a", encoding="utf-8", newline="") as f:
                 csv.DictWriter(f, header).writerow(row)
             return
-        with replacing(self.table) as temporary, open(temporary, "w", newline="") as f:
+        with replacing(self.table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
             writer = csv.DictWriter(f, list(dict.fromkeys([*header, *row])))
             writer.writeheader()
             writer.writerows(dict(zip(header, values, strict=True)) for values in rows)
@@ -110,7 +110,7 @@ class History:
         """The lines of the table, empty where there is none."""
         if not self.table.is_file():
             return []
-        with self.table.open(newline="") as f:
+        with self.table.open(encoding="utf-8", newline="") as f:
             return list(csv.reader(f))
 
     def columns(self) -> dict[str, tuple[float, ...]]:

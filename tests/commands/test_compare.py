@@ -93,7 +93,7 @@ def fake_execute(program, arguments, log, environment=None, tick=lambda: None):
     tick()
     tick()  # as time goes by
     trainer = option(arguments, "-tr")
-    with open(os.environ["CALLS"], "a") as file:
+    with open(os.environ["CALLS"], "a", encoding="utf-8") as file:
         file.write(" ".join([program, trainer, *[a for a in arguments if a in ("--c", "--disable_tta")]]) + "\n")
     if os.environ.get("KILL_AT") == trainer:
         os.kill(os.getpid(), signal.SIGKILL)

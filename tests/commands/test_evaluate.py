@@ -193,7 +193,7 @@ def run(folders, options=""):
 
 def test_a_folder_is_evaluated_by_case_and_region(folders, capsys):
     assert run(folders) == 0
-    with open(folders / "prediction" / "evaluation.csv", newline="") as f:
+    with open(folders / "prediction" / "evaluation.csv", encoding="utf-8", newline="") as f:
         rows = {(row["case"], row["label"]): row for row in csv.DictReader(f)}
     assert len(rows) == 6
     predicted, reference = (
@@ -233,7 +233,7 @@ def test_the_protocols_differ_in_components_empty_predictions_and_unit(folders, 
     assert run(folders, f"--protocol {protocol} -o {folders}/out") == 0
     summary = json.loads((folders / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert summary["protocol"] == protocol
-    with open(folders / "out" / "evaluation.csv", newline="") as f:
+    with open(folders / "out" / "evaluation.csv", encoding="utf-8", newline="") as f:
         rows = {(row["case"], row["label"]): row for row in csv.DictReader(f)}
     assert float(rows["case_1", "core"]["Dice"]) == {1: 1, 2: 2 * 18 / (18 + 20)}[kept]
     assert float(rows["case_0", "core"]["Dice"]) == 0
@@ -303,7 +303,7 @@ def test_labels_take_the_place_of_a_dataset_json(folders, capsys):
         sitk.GetArrayFromImage(sitk.ReadImage(str(folders / kind / "case_0.nii.gz"))) == 2
         for kind in ("prediction", "reference")
     ), SPACING[::-1])  # fmt: skip
-    with open(folders / "prediction" / "evaluation.csv", newline="") as f:
+    with open(folders / "prediction" / "evaluation.csv", encoding="utf-8", newline="") as f:
         assert float(next(csv.DictReader(f))["Dice"]) == two["Dice"]
     assert "reader" not in capsys.readouterr().out  # what nnU-Net says
 

@@ -461,7 +461,7 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(root, monkeypatch, capsys):
         file.write_bytes(text[:1000].encode())
         raise OSError("No space left on device")
 
-    Path("page.html").write_text("the page of before")
+    Path("page.html").write_text("the page of before", encoding="utf-8")
     files = sorted(root.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", on_a_full_disk)
@@ -470,7 +470,7 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(root, monkeypatch, capsys):
     monkeypatch.setattr(page_module, "PAPER", {})
     with pytest.raises(UndefinedError, match="light"):  # the template lacks a colour
         run()
-    assert Path("page.html").read_text() == "the page of before"
+    assert Path("page.html").read_text(encoding="utf-8") == "the page of before"
     assert sorted(root.rglob("*")) == files
 
 

@@ -75,7 +75,7 @@ def folds(folder: Path, text) -> None:
 def change(file: Path, edit) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     edit(content)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def no_foreground(folder: Path) -> None:
@@ -237,7 +237,7 @@ def flip(file: Path) -> None:
 
 
 def replace_by_text(file: Path) -> None:
-    file.write_text("404: not found")
+    file.write_text("404: not found", encoding="utf-8")
 
 
 DAMAGES = [cut, flip, replace_by_text, lambda file: file.write_bytes(b"")]

@@ -30,7 +30,7 @@ def observed(trainer, batch):
 
 
 def read(trainer):
-    with open(Path(trainer.output_folder) / "losses.csv", newline="") as f:
+    with open(Path(trainer.output_folder) / "losses.csv", encoding="utf-8", newline="") as f:
         return list(csv.DictReader(f))
 
 

@@ -48,7 +48,9 @@ def test_a_training_that_fails_leaves_no_lock(trainer, monkeypatch):
 
 def test_a_training_takes_the_lock_of_a_killed_one_over(trainer):
     lock = Path(trainer.output_folder, ".training.lock")
-    lock.write_text(json.dumps(identity() | {"start": "another", "since": "yesterday", "doing": "training"}))
+    lock.write_text(
+        json.dumps(identity() | {"start": "another", "since": "yesterday", "doing": "training"}), encoding="utf-8"
+    )
     trainer.run_training()
     assert not lock.exists()
 

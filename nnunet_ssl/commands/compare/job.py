@@ -102,7 +102,7 @@ def run_safely(job: Job, tell: Callable[[str], object] = lambda step: None) -> s
     try:
         run_job(job, tell)
     except Exception as error:
-        with job.log.open("a") as log:
+        with job.log.open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         return f"{textwrap.shorten(f'{type(error).__name__}: {error}', 300)}; log: {job.log}"
     return None
@@ -144,7 +144,11 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
 
         call(job, ["nnUNetv2_predict", *model, *data, *how], lambda: tell(progress()))
         tell("evaluation")
-        with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            job.log.open("a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             evaluate(job.raw / "labelsTs", temporary, num_processes=job.num_processes, protocol=PROTOCOL)
     if job.predictions.exists():
         shutil.rmtree(job.predictions)
@@ -161,11 +165,11 @@ def epoch(log: Path) -> str:
 
 def call(job: Job, command: Sequence[str], tick: Callable[[], object]) -> None:
     """Runs a command of nnU-Net with its output in the job's log; RuntimeError where it fails."""
-    with job.log.open("a") as log:
+    with job.log.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
     code = execute(command[0], command[1:], job.log, tick=tick)
     if code < 0:
         raise RuntimeError(f"{command[0]} was ended by {signal.Signals(-code).name}, often for want of memory")
     if code > 0:
-        last = job.log.read_text(errors="replace").strip().rpartition("\n")[2]
+        last = job.log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"{command[0]} ended with exit code {code}: {last}")
