@@ -27,7 +27,14 @@ from nnunet_ssl.training.health import Health, ends
 from nnunet_ssl.training.history import History, time_left
 from nnunet_ssl.training.loaders import KeptItems, make_repeatable, start_loaders, stop_loaders
 from nnunet_ssl.training.observations import dice_by_network, evaluating, observe, pseudo_labeler
-from nnunet_ssl.training.optimizer import LaterScheduler, accumulate_gradients, add_networks, update_weights
+from nnunet_ssl.training.optimizer import (
+    PhaseScheduler,
+    accumulate_gradients,
+    add_networks,
+    first_group_only,
+    keep_finite,
+    update_weights,
+)
 from nnunet_ssl.training.random_state import seed_from_environment, set_random_state
 from nnunet_ssl.training.variants import epoch_variants as epoch_variants  # for the files of trainers
 from nnunet_ssl.training.variants import stock_settings
@@ -113,6 +120,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Labels as probabilities of the network's `channels`, and a mask of the voxels that are annotated."""
         regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
         return pseudo_labels.as_probabilities(labels, channels, regions=regions, ignore_label=ignore_label)
+
+    def annotated(self, labels: Tensor) -> Tensor:
+        """The voxels of a batch's labels that are not ignored: bool (B, 1, *spatial)."""
+        manager = self.label_manager
+        heads, ignore_label = manager.num_segmentation_heads, manager.ignore_label
+        return pseudo_labels.annotated(labels, heads, regions=manager.has_regions, ignore_label=ignore_label)
 
     def half_batches(self, size: int) -> list[slice]:
         """Slices of at most half a batch of that size: two graphs of one need no more memory than one of the batch.
@@ -200,7 +213,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         epochs = self.supervised_epochs if self.supervised_phase else self.num_epochs - begin
         with replaced(self, "num_epochs", epochs):
             self.optimizer, scheduler = self.configure_optimizers()
-        self.lr_scheduler = LaterScheduler(scheduler, begin) if begin else scheduler
+        self.lr_scheduler = PhaseScheduler(scheduler, self.optimizer, begin)
+        if self.supervised_phase:
+            keep_finite(self.optimizer)  # nnU-Net makes every step
         self.optimizers = self.build_optimizers()
         add_networks(self.optimizer, self.trained_networks()[1:], self.optimizers.values())
 
@@ -288,7 +303,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             labeler = pseudo_labeler(self.segmenting_networks()).replace("_", " ")
             self.history = History(Path(self.output_folder), labeler, self.supervised_epochs)
-            self.history.begin(self.current_epoch)
+            self.history.begin(self.current_epoch, self.print_to_log_file)
         if self._resume_random_state is not None:
             # the loaders have drawn their first batch by now
             set_random_state(self._resume_random_state, self.print_to_log_file)
@@ -316,9 +331,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
+        labeled = f"labeled images ({', '.join(batch.get('keys', []))})"
         if self.supervised_phase:
-            return super().train_step(batch)
-        keys, batch = batch.get("keys", []), self._to_device(batch)
+            output = super().train_step(batch)
+            self._check_terms({"loss": float(output["loss"])}, {labeled: batch["data"]})
+            return output
+        batch = self._to_device(batch)
         optimizers = [self.optimizer, *self.optimizers.values()]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -331,8 +349,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         update_weights(optimizers, self.trained_networks(), self.max_gradient_norm, self.grad_scaler)
         self.after_step()
         self.step += 1
-        images = {f"labeled images ({', '.join(keys)})": batch.image, "unlabeled images": batch.unlabeled}
-        images = {name: image for name, image in images.items() if image is not None}
         if self.step % self.num_iterations_per_epoch == 0 and self.local_rank == 0:
             networks, ramp = self.segmenting_networks(), {"ramp": self.ramp} if self.rampup > 0 else {}
             labeler = networks[pseudo_labeler(networks)]
@@ -340,8 +356,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # one copy to the host for all terms, where nnU-Net has one for its loss
         values = torch.stack([value.float() for value in terms.values()]).cpu().numpy()
         by_name = dict(zip(terms, values, strict=True))
-        self.health.check_terms(by_name, images, self.step, self.current_epoch, Path(self.output_folder))
+        self._check_terms(by_name, {labeled: batch.image, "unlabeled images": batch.unlabeled})
         return {"loss": values.sum(), **by_name}
+
+    def _check_terms(self, values: dict[str, float], images: dict[str, Tensor | None]) -> None:
+        loaded = {name: image for name, image in images.items() if image is not None}
+        self.health.check_terms(values, loaded, self.current_epoch, Path(self.output_folder))
 
     def _to_device(self, batch: dict) -> Batch:
         return to_device(batch, self.device, self.weak_view, self._intensity)
@@ -412,7 +432,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         last = self.current_epoch == self.num_epochs - 1
         try:
             self.history.record(self.current_epoch, self._losses, observations, self.logger.loggers, last)
-        except OSError as error:  # open in another program, or a network drive that is away for a moment
+        except (OSError, ValueError) as error:  # open in another program, saved by one, or a drive that is away
             self.print_to_log_file(f"WARNING: no table or picture of this epoch ({error}). The training goes on.")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -447,7 +467,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if state is not None:
             self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase
         self._restart_optimizer()
-        with checkpoints.first_group_only(self.optimizer):
+        with first_group_only(self.optimizer):
             super().load_checkpoint(str(file))
         if state is None:  # written by stock nnU-Net
             self.step = max(0, self.current_epoch - self.supervised_epochs) * self.num_iterations_per_epoch

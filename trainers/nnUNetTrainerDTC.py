@@ -30,7 +30,7 @@ class nnUNetTrainerDTC(SemiSupervisedTrainer):
         return {"distance": DistanceHead(self.network, labels.num_segmentation_heads - (not labels.has_regions))}
 
     def losses(self, batch):
-        _, annotated = self.as_probabilities(batch.labels, self.label_manager.num_segmentation_heads)
+        annotated = self.annotated(batch.labels)
         output, distances = self.outputs(batch.image)
         yield {
             "supervised": self.loss(output, batch.target),

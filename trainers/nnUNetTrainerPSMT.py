@@ -6,11 +6,11 @@ size is a part of the features' (released: an L2 norm of 2, about a fiftieth of 
 teachers' logits are averaged as they are (released: only those of seven classes), the box of CutMix has one size and
 lies inside of the patch, and the strong view is nnU-Net's intensity augmentation. There are no epochs in which the
 three networks learn from labels alone, each for itself: the ramp-up of the unlabeled weight, a part of the training and
-a sigmoid (released: a cosine), has their place. (`supervised_part` in a trainer of your own is such a phase too, after
-which all three are copies of one network; it is off.) Labeled scans have nnU-Net's Dice and cross entropy, about twice
-the cross entropy alone, and so the unlabeled weight is doubled. The paper predicts with the mean of the teachers'
-logits. Deployed is one network, the student, the only one that learns in every epoch; `nnunet-ssl export --network
-teacher teacher_2` makes the paper's ensemble.
+a sigmoid (released: a cosine), has their place, and in the first epoch both teachers are updated. (`supervised_part` in
+a trainer of your own is such a phase too, after which all three are copies of one network; it is off.) Labeled scans
+have nnU-Net's Dice and cross entropy, about twice the cross entropy alone, and so the unlabeled weight is doubled. The
+paper predicts with the mean of the teachers' logits. Deployed is one network, the student, the only one that learns in
+every epoch; `nnunet-ssl export --network teacher teacher_2` makes the paper's ensemble.
 """
 
 import torch
@@ -93,10 +93,11 @@ class nnUNetTrainerPSMT(SemiSupervisedTrainer):
         return self.noise * size * direction
 
     def after_step(self):
-        # turn and number of updates follow from the step alone: a training that is continued goes on with the same
-        epoch, of_epoch = divmod(self.step, self.num_iterations_per_epoch)
-        updates = epoch // 2 * self.num_iterations_per_epoch + of_epoch
-        update_ema(self.teachers()[epoch % 2], self.network, warmup_decay(updates, self.teacher_decay))
+        # the turn follows from the step alone: a training that is continued goes on with the same
+        epoch = self.step // self.num_iterations_per_epoch
+        for number, teacher in enumerate(self.teachers()):
+            if number == epoch % 2 or epoch == 0:  # both: one of random weights would label as much as the other
+                update_ema(teacher, self.network, warmup_decay(self.step, self.teacher_decay))
 
 
 __getattr__ = epoch_variants(globals())

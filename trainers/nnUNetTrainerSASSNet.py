@@ -43,7 +43,7 @@ class nnUNetTrainerSASSNet(SemiSupervisedTrainer):
 
     def losses(self, batch):
         discriminator = self.companions.discriminator
-        _, annotated = self.as_probabilities(batch.labels, self.label_manager.num_segmentation_heads)
+        annotated = self.annotated(batch.labels)
         output, distances = self.outputs(batch.image)
         yield {
             "supervised": self.loss(output, batch.target),

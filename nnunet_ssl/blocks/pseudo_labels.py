@@ -47,12 +47,18 @@ def as_probabilities(
     Returns:
         Probabilities (B, channels, *spatial) float32, and a bool mask (B, 1, *spatial), False where it is ignored.
     """
+    known = annotated(labels, channels, regions=regions, ignore_label=ignore_label)
     if regions:
-        ignored = labels[:, channels:].bool() if ignore_label is not None else torch.zeros_like(labels[:, :1]).bool()
-        return labels[:, :channels].float(), ~ignored
-    annotated = torch.ones_like(labels).bool() if ignore_label is None else labels != ignore_label
-    classes = torch.where(annotated, labels, 0)[:, 0].long()
-    return F.one_hot(classes, channels).movedim(-1, 1).float(), annotated
+        return labels[:, :channels].float(), known
+    classes = torch.where(known, labels, 0)[:, 0].long()
+    return F.one_hot(classes, channels).movedim(-1, 1).float(), known
+
+
+def annotated(labels: Tensor, channels: int, *, regions: bool = False, ignore_label: int | None = None) -> Tensor:
+    """The voxels that are not ignored: bool (B, 1, *spatial). See `as_probabilities`."""
+    if ignore_label is None:
+        return torch.ones_like(labels[:, :1], dtype=torch.bool)
+    return ~labels[:, channels:].bool() if regions else labels != ignore_label
 
 
 def uncertainty(probabilities: Tensor, *, regions: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 import blosc2
+import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
@@ -174,7 +175,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
     def set_thread_id(self, thread_id: int) -> None:
         super().set_thread_id(thread_id)
-        end_with_the_training()
+        begin_worker()
 
     def generate_train_batch(self) -> dict[str, Tensor]:
         views = []
@@ -227,7 +228,7 @@ class LabeledDataLoader(nnUNetDataLoader):
 
     def set_thread_id(self, thread_id: int) -> None:
         super().set_thread_id(thread_id)
-        end_with_the_training()
+        begin_worker()
 
     def generate_train_batch(self) -> dict:
         try:
@@ -270,10 +271,11 @@ def foreground(target: Tensor, labels: LabelManager) -> tuple[Tensor, Tensor]:
     return torch.cat([target == label for label in labels.foreground_labels], 1), annotated
 
 
-def end_with_the_training() -> None:
-    """In a worker: nnU-Net's go on for ever when the training is killed."""
+def begin_worker() -> None:
+    """In a worker: nnU-Net's go on for ever when the training is killed, and draw the same of torch's numbers."""
     if parent_process() is not None:
         exit_with_parent()
+        torch.manual_seed(np.random.randint(2**31))  # those of numpy differ
 
 
 class PairedDataLoader(DataLoader):

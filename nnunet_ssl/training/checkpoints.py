@@ -101,17 +101,6 @@ def without_states(network: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             hook.remove()
 
 
-@contextmanager
-def first_group_only(optimizer: Optimizer) -> Iterator[None]:
-    """In the block, the optimizer has its first group of parameters only: that of nnU-Net's own network."""
-    further = optimizer.param_groups[1:]
-    del optimizer.param_groups[1:]
-    try:
-        yield
-    finally:
-        optimizer.param_groups.extend(further)
-
-
 def with_our_state(
     stock: dict, states: dict[str, dict[str, Tensor]], optimizer: dict, deployed: str, progress: dict
 ) -> dict:

@@ -38,9 +38,7 @@ class Health:
         self.foreground = self.foreground + (labels > 0).any(1).float().mean()
         self.pseudo_labels += 1
 
-    def check_terms(
-        self, values: dict[str, float], images: dict[str, Tensor], step: int, epoch: int, folder: Path
-    ) -> None:
+    def check_terms(self, values: dict[str, float], images: dict[str, Tensor], epoch: int, folder: Path) -> None:
         """Stops a training of which a term is not finite for NOT_FINITE_STEPS.
 
         A few such steps are harmless, and told at the end of the epoch. Nothing is saved here: weights that give NaN
@@ -49,7 +47,6 @@ class Health:
         Args:
             values: the terms of this step, on the host already.
             images: what they are computed from, by a name for the message.
-            step: how many steps were made.
             epoch: the present one.
             folder: with the checkpoints.
 
@@ -62,8 +59,8 @@ class Health:
         if not names:
             return
         text = (
-            f"The loss term {' and '.join(names)} was NaN or infinite for {NOT_FINITE_STEPS} steps in a row, up to "
-            f"step {step} (epoch {epoch}). "
+            f"The loss term {' and '.join(names)} was NaN or infinite for {NOT_FINITE_STEPS} steps in a row, in epoch "
+            f"{epoch}. "
         )
         for name, image in images.items():
             if not image.isfinite().all():

@@ -1,8 +1,9 @@
 """The table and the picture of a training: loss terms and observations, epoch by epoch."""
 
 import csv
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +30,11 @@ NAMES = {  # column of the table to its name in the picture
     "feature_distance": "between different patches",
 }
 DRAWING_SHARE = 0.005  # of the training time, at most
+
+
+def number(cell: str) -> float:
+    """Of a cell of the table; NaN where it is empty."""
+    return float(cell or "nan")
 
 
 class Panel(NamedTuple):
@@ -59,20 +65,25 @@ class History:
         self.boundary = boundary
         self._drawn_at, self._drawing_seconds = float("-inf"), 0.0
 
-    def begin(self, epoch: int) -> None:
-        """Removes what a training that was killed has left half-written, and later rows than this epoch's."""
+    def begin(self, epoch: int, log: Callable[[str], object] = print) -> None:
+        """Removes what a training that was killed has left half-written, and later rows than this epoch's.
+
+        A table that cannot be read is put aside, and that is told.
+        """
         for leftover in self.table.parent.glob(".*.tmp"):  # of a checkpoint or a picture
             leftover.unlink()
-        self.trim(epoch)
+        try:
+            self.trim(epoch)
+        except ValueError as error:
+            aside = self.table.with_suffix(".damaged.csv")
+            os.replace(self.table, aside)
+            log(f"WARNING: {error} It is {aside.name} now, and another one is begun.")
 
     def trim(self, epoch: int) -> None:
         """Drops rows of epochs that a resumed (or a new) training is going to write again: `epoch` and later ones."""
-        header, *rows = self.read() or [[]]
-        # a line that was cut off belongs to an epoch that is going to be trained again
-        kept = [row for row in rows if len(row) == len(header) and int(row[0]) < epoch]
-        if kept:
-            with replacing(self.table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
-                csv.writer(f).writerows([header, *kept])
+        header, rows = self.read()
+        if kept := [row for row in rows if float(row[0]) < epoch]:
+            self.write(header, kept)
         else:
             self.table.unlink(missing_ok=True)
 
@@ -95,36 +106,42 @@ class History:
     def append(self, epoch: int, losses: dict[str, float], observations: dict[str, float]) -> None:
         """Adds a row: epoch, "loss", its terms, then the observations; columns that were not there become empty."""
         row = {"epoch": epoch, **losses, **observations}
-        header, *rows = self.read() or [list(row)]
-        if set(header) == set(row) and rows:
-            with self.table.open("a", encoding="utf-8", newline="") as f:
-                csv.DictWriter(f, header).writerow(row)
-            return
-        with replacing(self.table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, list(dict.fromkeys([*header, *row])))
-            writer.writeheader()
-            writer.writerows(dict(zip(header, values, strict=True)) for values in rows)
-            writer.writerow(row)
+        header, rows = self.read()
+        columns = list(dict.fromkeys([*header, *row]))
+        missing = [""] * (len(columns) - len(header))
+        self.write(columns, [*([*values, *missing] for values in rows), [row.get(name, "") for name in columns]])
 
-    def read(self) -> list[list[str]]:
-        """The lines of the table, empty where there is none."""
+    def write(self, header: list[str], rows: list[list]) -> None:
+        """Replaces the table."""
+        with replacing(self.table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+            csv.writer(f).writerows([header, *rows])
+
+    def read(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table, without a line that was cut off; both empty where there is no table.
+
+        Raises: ValueError that names the table where it is damaged.
+        """
         if not self.table.is_file():
-            return []
-        with self.table.open(encoding="utf-8", newline="") as f:
-            return list(csv.reader(f))
+            return [], []
+        with self.table.open(encoding="utf-8", newline="", errors="replace") as f:
+            header, *rows = list(csv.reader(f)) or [[]]
+        rows = [row for row in rows if len(row) == len(header)]
+        try:
+            if header[:1] not in ([], ["epoch"]):
+                raise ValueError(f"no column epoch, but {header[0][:40]}")
+            for row in rows:
+                [*map(number, row)]
+        except ValueError as error:
+            raise ValueError(f"{self.table} is damaged ({error}). Remove it; the training is not affected.") from error
+        return header, rows
 
     def columns(self) -> dict[str, tuple[float, ...]]:
         """The columns of the table by name, NaN where a cell is empty; none where there is no table, or no row.
 
         Raises: ValueError that names the table where it is damaged.
         """
-        try:
-            header, *rows = self.read() or [[]]
-            # a line that was cut off, or is being written now, is none
-            numbers = [[float(value or "nan") for value in row] for row in rows if len(row) == len(header)]
-            return dict(zip(header, zip(*numbers, strict=True), strict=True)) if numbers else {}
-        except ValueError as error:
-            raise ValueError(f"{self.table} is damaged ({error}). Remove it; the training is not affected.") from error
+        header, rows = self.read()
+        return {name: tuple(map(number, cells)) for name, cells in zip(header, zip(*rows, strict=True), strict=False)}
 
     def draw(self, last: bool = False) -> None:
         """Draws the picture, unless drawing would take more than DRAWING_SHARE of the time since the last one."""

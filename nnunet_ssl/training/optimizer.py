@@ -1,7 +1,7 @@
 """The update of the weights, nnU-Net's, for several networks and backward passes; its learning rate in two phases."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,21 +89,50 @@ def update_weights(
             optimizer.step()
 
 
+def keep_finite(optimizer: Optimizer) -> None:
+    """On a CPU, makes an optimizer leave out steps with a gradient that is not finite, as GradScaler does on CUDA."""
+
+    def forget(*_) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not all(p.grad.isfinite().all() for p in parameters):
+            optimizer.zero_grad(set_to_none=True)  # then there is nothing to do for it
+
+    if optimizer.param_groups[0]["params"][0].device.type == "cpu":
+        optimizer.register_step_pre_hook(forget)
+
+
 def has_gradient(optimizer: Optimizer) -> bool:
     """Whether any of its parameters has a gradient."""
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-class LaterScheduler:
-    """A scheduler whose first epoch is a later one of the training.
+class PhaseScheduler:
+    """nnU-Net's scheduler for a phase of the training and for all trained networks.
 
     Args:
         scheduler: of nnU-Net, which asks nothing else of it than the step to an epoch.
+        optimizer: what it sets, with further groups of parameters since: of these, torch's schedulers want to know
+            nothing. They have the learning rate of the first group.
         begin: the epoch of the training that is the scheduler's epoch 0.
     """
 
-    def __init__(self, scheduler: LRScheduler, begin: int):
-        self.scheduler, self.begin = scheduler, begin
+    def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, begin: int):
+        self.scheduler, self.optimizer, self.begin = scheduler, optimizer, begin
 
     def step(self, epoch: int) -> None:
-        self.scheduler.step(epoch - self.begin)
+        with first_group_only(self.optimizer):
+            self.scheduler.step(epoch - self.begin)
+        first, *further = self.optimizer.param_groups
+        for group in further:
+            group["lr"] = first["lr"]
+
+
+@contextmanager
+def first_group_only(optimizer: Optimizer) -> Iterator[None]:
+    """In the block, the optimizer has its first group of parameters only: that of nnU-Net's own network."""
+    further = optimizer.param_groups[1:]
+    del optimizer.param_groups[1:]
+    try:
+        yield
+    finally:
+        optimizer.param_groups.extend(further)

@@ -579,6 +579,26 @@ def test_pairs_come_from_worker_processes(tmp_path):
     assert len({batch["unlabeled"].numpy().tobytes() for batch in batches}) == 6
 
 
+class TellsItsNumbers(PairedDataLoader):
+    def generate_train_batch(self):
+        return {"worker": self.thread_id, "drawn": torch.rand(1).item()}
+
+
+def test_every_worker_draws_other_numbers(tmp_path):
+    pair = paired_loader(tmp_path)
+    augmenter = NonDetMultiThreadedAugmenter(
+        TellsItsNumbers(pair.labeled, pair.unlabeled), None, 2, 1, seeds=None, wait_time=0.002
+    )
+    first = {}
+    try:
+        while len(first) < 2:
+            item = next(augmenter)
+            first.setdefault(item["worker"], item["drawn"])
+    finally:
+        augmenter._finish()
+    assert first[0] != first[1]
+
+
 # ---- find_unlabeled ----
 
 

@@ -97,9 +97,9 @@ def test_a_term_that_is_missing_in_some_steps_is_counted_over_those_that_have_it
     health = Health(print)
     terms = [{"supervised": 1.0}, {"supervised": 1.0, "late": math.nan}] * NOT_FINITE_STEPS
     for step_terms in terms[:-1]:
-        health.check_terms(step_terms, {}, 0, 0, tmp_path)
+        health.check_terms(step_terms, {}, 0, tmp_path)
     with pytest.raises(RuntimeError, match="The loss term late was NaN"):
-        health.check_terms(terms[-1], {}, 0, 0, tmp_path)
+        health.check_terms(terms[-1], {}, 0, tmp_path)
 
 
 def test_without_a_checkpoint_the_message_says_so(tiny_dataset):

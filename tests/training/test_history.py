@@ -172,9 +172,40 @@ def test_a_row_that_is_being_written_is_none_and_a_damaged_table_is_named(tmp_pa
     assert history.columns() == {}
     history.table.write_text("epoch,loss\n0,1.5\n1")
     assert history.columns() == {"epoch": (0.0,), "loss": (1.5,)}
-    history.table.write_text("epoch,loss\n0,x\n")
-    with pytest.raises(ValueError, match=r"losses\.csv is damaged"):
-        history.columns()
+    for damage in ("epoch,loss\n0,x\n", "epoch;loss\n0;1.5\n"):
+        history.table.write_text(damage)
+        with pytest.raises(ValueError, match=r"losses\.csv is damaged"):
+            history.columns()
+
+
+def test_a_row_that_was_cut_off_is_dropped_where_columns_come(tmp_path):
+    history = History(tmp_path)
+    history.table.write_text("epoch,loss\n0,1.5\n1")
+    history.append(2, {"loss": 1.0}, {"ramp": 0.5})
+    assert history.table.read_text(encoding="utf-8").split() == ["epoch,loss,ramp", "0,1.5,", "2,1.0,0.5"]
+
+
+def test_a_table_that_another_program_has_saved_does_not_end_the_training(tiny_dataset):
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, num_epochs=2)
+    table, end = Path(trainer.output_folder) / "losses.csv", trainer.on_epoch_end
+
+    def saved_with_semicolons():
+        end()
+        if trainer.current_epoch == 1:
+            table.write_text(table.read_text(encoding="utf-8").replace(",", ";"), encoding="utf-8")
+
+    trainer.on_epoch_end = saved_with_semicolons
+    trainer.run_training()
+    assert trainer.current_epoch == 2
+    log = Path(trainer.log_file).read_text(encoding="utf-8")
+    assert log.count("WARNING: no table or picture of this epoch") == 1
+    saved, said = table.read_text(encoding="utf-8"), []
+    history = History(table.parent)
+    history.begin(1, said.append)
+    assert history.columns() == {}
+    assert table.with_name("losses.damaged.csv").read_text(encoding="utf-8") == saved
+    assert len(said) == 1
+    assert "losses.csv is damaged (no column epoch, but epoch;loss" in said[0]
 
 
 def test_a_table_that_cannot_be_written_is_a_warning(tiny_dataset, monkeypatch):

@@ -9,16 +9,19 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainerCosAnneal import nnUNetTrainerCosAnneal
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.data.loading import UnlabeledDataset
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunet_ssl.trainers.nnUNetTrainerOMF import nnUNetTrainerOMF
 from nnunet_ssl.training import preflight
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
+from nnunet_ssl.training.health import NOT_FINITE_STEPS
 from nnunet_ssl.training.history import draw
 
 
@@ -188,6 +191,43 @@ def test_a_part_that_leaves_nothing_is_refused(part, tiny_dataset):
 def test_a_warm_up_of_the_learning_rate_is_refused(tiny_dataset):
     with pytest.raises(NotImplementedError, match=r"WarmsUp has supervised_part = 0\.5, but nnU-Net's learning rate"):
         make_trainer(WarmsUp, tiny_dataset).initialize()
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["one batch", "every batch"])
+def test_patches_that_are_not_finite_cost_their_step_and_at_last_end_the_training(every, tiny_dataset):
+    seed()
+    trainer = make_trainer(nnUNetTrainerM3HL, tiny_dataset, **TWO_AND_TWO)
+    trainer.on_train_start()
+    trainer.network.train()
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)
+    before = weights(trainer.network)
+    batch["data"][0, 0] = np.nan
+    assert np.isnan(trainer.train_step(batch)["loss"])
+    assert same(weights(trainer.network), before)
+    if every:
+        text = f"The loss term loss was NaN .* The last labeled images .{batch['keys'][0]}, .* have voxels that are NaN"
+        for _ in range(NOT_FINITE_STEPS - 2):
+            trainer.train_step(batch)
+        with pytest.raises(RuntimeError, match=text):
+            trainer.train_step(batch)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert not same(weights(trainer.network), before)
+    assert all(tensor.isfinite().all() for tensor in weights(trainer.network).values())
+
+
+def test_schedulers_of_torch_set_the_learning_rate_of_all_networks(tiny_dataset):
+    class WithCosine(nnUNetTrainerCPS, nnUNetTrainerCosAnneal):
+        pass
+
+    trainer = make_trainer(WithCosine, tiny_dataset, num_epochs=4)
+    trainer.initialize()
+    rates = []
+    for epoch in range(4):
+        trainer.lr_scheduler.step(epoch)
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+    expected = [trainer.initial_lr * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert np.allclose(rates, [[rate, rate] for rate in expected])
 
 
 def test_a_loss_that_is_not_finite_is_told(tiny_dataset):
