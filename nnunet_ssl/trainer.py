@@ -1,5 +1,6 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
+import errno
 from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -40,6 +41,7 @@ from nnunet_ssl.training.variants import epoch_variants as epoch_variants  # for
 from nnunet_ssl.training.variants import stock_settings
 
 SAMPLING = ("label_manager", "oversample_foreground_percent", "probabilistic_oversampling")  # of nnU-Net's loader
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 COMPARED_BATCHES = 10  # of the validation batches of an epoch, on which the Dice of every network is taken
 
 
@@ -158,6 +160,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
+            if error.errno not in UNWRITABLE:  # nnU-Net starts Weights & Biases there
+                raise
             raise OSError(
                 f"{paths.nnUNet_results} cannot be written to ({error}). Set nnUNet_results to a folder that can."
             ) from error

@@ -90,9 +90,9 @@ def start_from(
         trainer = boundary(file, state, (name, configuration, fold, trainer_name, plans_identifier))
         written = target / "checkpoint_latest.pth"
         trainer.save_checkpoint(str(written))
-        for other in existing:
+        for other in [*existing, target / "losses.csv", target / "semi_supervised.png"]:
             if other != written:
-                other.unlink()
+                other.unlink(missing_ok=True)
     return written
 
 

@@ -1,5 +1,6 @@
 """The batch that a method sees, and how its labeled and unlabeled patches are read and augmented."""
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
                     box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
                     crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
                 except Exception as error:  # blosc2 raises anything for a damaged file
+                    if of_the_system(error):
+                        raise
                     raise self._data.damaged(identifier, error) from error
                 views.append(self.augment(crop[:, 0] if self.patch_size_was_2d else crop))
         return {name: torch.stack([view[name] for view in views]) for name in views[0]}
@@ -235,7 +238,7 @@ class LabeledDataLoader(nnUNetDataLoader):
             batch = super().generate_train_batch()
         except Exception as error:  # blosc2 raises anything for a damaged file
             damaged = [case for case in dict.fromkeys(self.drawn) if not self.is_sound(case)]
-            if not damaged:
+            if of_the_system(error) or not damaged:
                 raise
             raise RuntimeError(
                 f"Files of {', '.join(damaged)} in {self._data.source_folder} are missing or damaged ({error}). Run "
@@ -253,6 +256,11 @@ class LabeledDataLoader(nnUNetDataLoader):
             return image[:].shape[1:] == segmentation[:].shape[1:]
         except Exception:  # whatever it is: the case cannot be read
             return False
+
+
+def of_the_system(error: Exception) -> bool:
+    """Whether a file could not be read for another reason than the file: memory, too many open files, a drive."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT)
 
 
 def foreground(target: Tensor, labels: LabelManager) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def read_splits(path: Path) -> list[dict[str, list[str]]]:
 
 
 def read_fold(path: Path, number: int) -> dict[str, list[str]]:
-    """The lists "train", "val" and "unlabeled" (empty where the file has none) of one fold of splits_final.json.
+    """The lists of one fold of splits_final.json; "unlabeled" and "test" are empty where the file has none.
 
     Raises: ValueError that names the file where it has no such fold, or one that nnU-Net cannot train on.
     """
@@ -41,7 +41,7 @@ def read_fold(path: Path, number: int) -> dict[str, list[str]]:
     if not 0 <= number < len(folds):
         has = f"has the folds 0 to {len(folds) - 1}" if folds else "has no fold"
         raise ValueError(f"Fold {number} does not exist: {path} {has}.")
-    fold = {name: folds[number].get(name, []) for name in ("train", "val", "unlabeled")}
+    fold = {name: folds[number].get(name, []) for name in LISTS}
     for name in ("train", "val"):
         if not fold[name]:
             raise ValueError(f'{path}: fold {number} has no cases in "{name}". Put at least one there.')
@@ -72,11 +72,12 @@ def require_hidden(path: Path, number: int | str, model: Path, learnt: Collectio
     """
     if number == "all" or not path.is_file():
         return
-    known, what = set(read_fold(path, number)["train"]), ""
+    fold, what = read_fold(path, number), ""
     if learnt is None:
         count = labels_learnt(model.parent) or 0
-        what = f"{count} labels, and that fold has {len(known)} now" * (count > len(known))
-    elif hidden := sorted(set(learnt) - known):
+        what = f"{count} labels, and that fold has {len(fold['train'])} now" * (count > len(fold["train"]))
+    # a case that is in no list may have been lost, or left out for its label
+    elif hidden := sorted(set(learnt) & {*fold["val"], *fold["unlabeled"], *fold["test"]}):
         what = f"the labels of {', '.join(hidden[:5])}"
     if what:
         raise ValueError(

@@ -27,7 +27,7 @@ def locked(file: Path, doing: str) -> Iterator[None]:
     """In the block, no other process holds the lock `file`, on this computer or any other one with the same disk.
 
     A lock whose holder was killed is taken over: at once where that is known, of a process on another computer
-    after ten minutes.
+    after ten minutes without a sign of life. They are waited for: a job on a cluster may follow one that was killed.
 
     Args:
         file: appears for the time of the block; its folder must exist.
@@ -39,6 +39,7 @@ def locked(file: Path, doing: str) -> Iterator[None]:
     """
     own = json.dumps(identity() | {"since": datetime.now().astimezone().isoformat(" ", "seconds"), "doing": doing})
     while not created(file, own):
+        wait_for_life(file)
         refuse_if_held(file)
     ended = threading.Event()
     threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
@@ -90,6 +91,28 @@ def refuse_if_held(file: Path) -> None:
     remove(file, noted)
 
 
+def wait_for_life(file: Path) -> None:
+    """Returns when it is known whether the holder of a lock lives: the next sign of it, or none for too long."""
+    holder, begin = parsed(content(file) or ""), time_of(file)
+    if holder is None or has_ended(holder) is not None:
+        return
+    print(
+        f"Waiting for a sign of life of process {holder['pid']} on {holder['host']}, {holder['doing']} since "
+        f"{holder['since']}: until {datetime.fromtimestamp(begin + LOST):%H:%M:%S} at the latest.",
+        flush=True,
+    )
+    while time_of(file) == begin and time.time() - begin <= LOST:
+        time.sleep(min(1.0, HEARTBEAT / 10))
+
+
+def time_of(file: Path) -> float:
+    """When a file was changed; 0 where it is gone."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def identity() -> dict[str, str | int | None]:
     """This process, in words that no other one has, before or after it, here or on another computer."""
     namespace = Path("/proc/self/ns/pid")  # process ids of two containers of one name do not mean the same
@@ -114,16 +137,19 @@ def start_of(pid: int) -> str | None:
 
 
 def is_gone(holder: dict, file: Path) -> bool:
-    """Whether it is certain that the holder of a lock has ended; on another computer it counts that nobody sees it."""
+    """Whether the holder of a lock has ended; where nobody here can know that, whether it was silent for too long."""
+    ended = has_ended(holder)
+    return time.time() - time_of(file) > LOST if ended is None else ended
+
+
+def has_ended(holder: dict) -> bool | None:
+    """Whether a process that held a lock has ended; None where this computer cannot tell."""
     own = identity()
     if (holder["host"], holder["namespace"]) != (own["host"], own["namespace"]):
         requeued = holder["job"] is not None and holder["job"] == own["job"] and holder["restart"] != own["restart"]
-        try:
-            return requeued or time.time() - file.stat().st_mtime > LOST
-        except FileNotFoundError:
-            return True
+        return True if requeued else None
     if os.name == "nt":  # there, what asks for a process here would end it
-        return time.time() - file.stat().st_mtime > LOST
+        return None
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
@@ -131,7 +157,7 @@ def is_gone(holder: dict, file: Path) -> bool:
     except PermissionError:  # it is there, another user's
         pass
     start = start_of(holder["pid"])
-    return None not in (start, holder["start"]) and start != holder["start"]
+    return None if None in (start, holder["start"]) else start != holder["start"]
 
 
 def created(file: Path, text: str) -> bool:

@@ -232,11 +232,13 @@ def test_a_training_that_is_there_is_replaced_only_when_told(results, capsys):
     fold.mkdir(parents=True)
     for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
         (fold / name).write_bytes(b"precious")
+    (fold / "losses.csv").write_text("epoch,loss\n0,1.5\n", encoding="utf-8")
     assert main([*ARGUMENTS, "--model", "nnUNetTrainer"]) == 1
     assert "has a training already. Pass --overwrite" in capsys.readouterr().err
     assert (fold / "checkpoint_final.pth").read_bytes() == b"precious"
     assert main([*ARGUMENTS, "--model", "nnUNetTrainer", "--overwrite"]) == 0
     assert [file.name for file in fold.glob("checkpoint*")] == ["checkpoint_latest.pth"]
+    assert not (fold / "losses.csv").exists()  # of the training that is gone
 
 
 def test_self_supervised_weights_are_the_start_of_the_supervised_phase(results, tiny_dataset, tmp_path):

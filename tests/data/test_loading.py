@@ -1,4 +1,5 @@
 import builtins
+import errno
 import io
 import pickle
 from collections import Counter
@@ -21,7 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ssl.data.augmentation import NEEDS_LABELS, OnDevice, split_transforms
-from nnunet_ssl.data.loading import Batch, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.loading import Batch, LabeledDataLoader, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.data.preprocessed import find_unlabeled
 
 SHAPE = (18, 20, 22)
@@ -205,6 +206,26 @@ def test_only_the_images_are_ever_opened(tmp_path, monkeypatch):
     assert opened & files == {"a.b2nd", "b.b2nd"}
     nnUNetDatasetBlosc2(str(tmp_path)).load_case("a")  # and whoever reads labels is noticed
     assert opened & files == {"a.b2nd", "b.b2nd", "a_seg.b2nd", "a.pkl"}
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [(OSError(errno.EMFILE, "Too many open files"), False), (MemoryError(), False), (RuntimeError("blosc2"), True)],
+)
+def test_a_file_is_blamed_for_its_own_errors_only(tmp_path, monkeypatch, error, blamed):
+    def fail(*_):
+        raise error
+
+    pair = paired_loader(tmp_path)
+    manager = LabelManager({"background": 0, "blob": 1}, None)
+    labeled = LabeledDataLoader(pair.labeled._data, 2, PATCH[3], PATCH[3], label_manager=manager)
+    monkeypatch.setattr(pair.unlabeled._data, "load_image", fail)
+    monkeypatch.setattr(labeled._data, "load_case", fail)
+    for loader in (pair.unlabeled, labeled):
+        with pytest.raises(type(error)) as raised:
+            next(loader)
+        assert (raised.value is error) != blamed
+        assert ("damaged" in str(raised.value)) == blamed
 
 
 # ---- split_transforms ----

@@ -171,13 +171,13 @@ def test_an_unknown_dataset_is_refused(raw):
 def test_what_a_model_has_learnt_is_looked_up_in_its_checkpoint_or_its_newest_log(tmp_path):
     path, model = tmp_path / "splits_final.json", tmp_path / "fold_0" / "checkpoint_final.pth"
     model.parent.mkdir()
-    save_splits(path, [{"train": ["a", "b"], "val": ["z"]}])
+    save_splits(path, [{"train": ["a", "b"], "val": ["z"], "unlabeled": ["c"], "test": ["d"]}])
     assert labels_learnt(model.parent) is None
     require_hidden(path, 0, model)
     refused = r"checkpoint_final.pth has learnt labels that fold 0 of .* hides or validates on now: "
-    require_hidden(path, 0, model, ["b"])
-    with pytest.raises(ValueError, match=refused + "the labels of c, d. The split has changed"):
-        require_hidden(path, 0, model, ["d", "a", "c"])
+    require_hidden(path, 0, model, ["b", "whose files are lost"])
+    with pytest.raises(ValueError, match=refused + "the labels of c, d, z. The split has changed"):
+        require_hidden(path, 0, model, ["d", "a", "z", "c"])
     for day, number in ((9, 2), (10, 3)):  # the newest is the last one by date, not by name
         log = model.with_name(f"training_log_2026_11_{day}_08_00_00.txt")
         log.write_text(

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -92,6 +93,39 @@ def test_a_lock_of_another_computer_is_kept_while_it_shows_life(file, place):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("lives", [False, True])
+def test_whether_a_holder_on_another_computer_lives_is_waited_for(lives, file, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(lock, "LOST", 60 if lives else 0.3)
+    write(file, pid=1, host="elsewhere")
+    ended = threading.Event()
+    threading.Thread(target=lock.show_life if lives else lambda *_: None, args=(file, ended), daemon=True).start()
+    try:
+        if lives:
+            with (
+                pytest.raises(RuntimeError, match="Process 1 on elsewhere has been training"),
+                locked(file, "training"),
+            ):
+                pytest.fail("two at once")
+        else:
+            with locked(file, "training"):
+                assert json.loads(file.read_text())["pid"] == os.getpid()
+    finally:
+        ended.set()
+    assert "Waiting for a sign of life of process 1 on elsewhere, training since 2026" in capsys.readouterr().out
+
+
+def test_where_the_system_does_not_tell_when_processes_began_life_decides(file, monkeypatch):
+    monkeypatch.setattr(lock, "start_of", lambda pid: None)
+    write(file, pid=os.getppid(), start=None)
+    with pytest.raises(RuntimeError, match=f"Process {os.getppid()}"):
+        refuse_if_held(file)
+    old = time.time() - lock.LOST - 1
+    os.utime(file, (old, old))
+    refuse_if_held(file)
+    assert not file.exists()
+
+
 def test_a_job_that_a_cluster_has_put_back_into_its_queue_takes_its_own_lock_over(file, monkeypatch):
     write(file, host="elsewhere", job="4711", restart=None)
     with pytest.raises(RuntimeError):
@@ -150,4 +184,5 @@ def test_another_users_process_counts_as_running(monkeypatch, file):
 
     monkeypatch.setattr(os, "kill", refuse)
     monkeypatch.setattr(lock, "start_of", lambda pid: None)  # as where the system hides it
+    file.touch()
     assert not is_gone(identity() | {"pid": 99999999, "start": "x"}, file)
