@@ -4,11 +4,13 @@ import ast
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
 from tasks import SELF_TRAINING, STEPS_PER_EPOCH, TASKS
@@ -35,7 +37,7 @@ def phase(args) -> None:
         if not hasattr(trainer, name):
             raise SystemExit(f"{args.trainer} has no setting {name}.")
         setattr(trainer, name, literal(value))
-    if args.device == "cpu" and len(task.patch) == 3:
+    if args.device == "cpu":
         use_channels_last(trainer)
     if args.bf16:
         use_bf16(trainer)
@@ -88,18 +90,29 @@ def count_seconds(trainer, file: Path) -> None:
 
 
 def use_channels_last(trainer) -> None:
-    """3D weights in the format whose convolutions are a quarter faster on a CPU (in 2D they are slower).
+    """Networks in the format whose convolutions are a quarter faster on a CPU, with instance norms that keep to it.
 
+    Those of torch copy into the other format and back, which makes a step slower in 2D, and a tenth slower in 3D.
     Results differ by rounding.
     """
     initialize = trainer.initialize
 
     def initialize_channels_last():
         initialize()
+        in_3d = len(trainer.configuration_manager.patch_size) == 3
         for network in (trainer.network, *vars(getattr(trainer, "companions", SimpleNamespace())).values()):
-            network.to(memory_format=torch.channels_last_3d)
+            network.to(memory_format=torch.channels_last_3d if in_3d else torch.channels_last)
+            for norm in network.modules():
+                if isinstance(norm, torch.nn.InstanceNorm2d | torch.nn.InstanceNorm3d):
+                    norm.forward = partial(sample_by_sample, norm)
 
     trainer.initialize = initialize_channels_last
+
+
+def sample_by_sample(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Instance normalisation of a batch: the batch normalisation of every sample by itself."""
+    values = norm.weight, norm.bias, True, 0.0, norm.eps
+    return torch.cat([F.batch_norm(sample, None, None, *values) for sample in x.split(1)])
 
 
 def use_bf16(trainer) -> None:
