@@ -32,7 +32,7 @@ from nnunet_ssl.training.optimizer import (
     PhaseScheduler,
     accumulate_gradients,
     add_networks,
-    first_group_only,
+    first_groups_only,
     keep_finite,
     update_weights,
 )
@@ -51,8 +51,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     A method may use `self.network` (the student), `self.companions.<name>`, `self.loss` (nnU-Net's), `self.step`
     (optimizer steps taken) and `self.max_steps`. Its hyperparameters are class attributes. It derives from this class
     directly and has no `__init__`. What labels are, classes or regions, with or without the ignore label, it leaves to
-    `self.hard_labels`, `self.probabilities` and `self.as_probabilities`. On several GPUs, every rank has to yield the
-    same terms: nnU-Net's Dice waits for the other ranks.
+    `self.hard_labels`, `self.probabilities`, `self.as_probabilities` and `self.annotated`. On several GPUs, every rank
+    has to yield the same terms: nnU-Net's Dice waits for the other ranks.
     """
 
     max_gradient_norm = 12  # as in nnU-Net, whose Primus trainers have 1
@@ -160,7 +160,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
-            if error.errno not in UNWRITABLE:  # nnU-Net starts Weights & Biases there
+            if error.filename is None and error.errno not in UNWRITABLE:  # of Weights & Biases, which starts there
                 raise
             raise OSError(
                 f"{paths.nnUNet_results} cannot be written to ({error}). Set nnUNet_results to a folder that can."
@@ -215,6 +215,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # nnU-Net's and further ones, of all trained networks; nnU-Net's learning rate over the present phase's epochs
         begin = 0 if self.supervised_phase else self.supervised_epochs
         epochs = self.supervised_epochs if self.supervised_phase else self.num_epochs - begin
+        self.training_stage = None  # nnU-Net's trainers with a warm-up would give the optimizer of before
         with replaced(self, "num_epochs", epochs):
             self.optimizer, scheduler = self.configure_optimizers()
         self.lr_scheduler = PhaseScheduler(scheduler, self.optimizer, begin)
@@ -471,7 +472,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if state is not None:
             self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase
         self._restart_optimizer()
-        with first_group_only(self.optimizer):
+        with first_groups_only(self.optimizer):
             super().load_checkpoint(str(file))
         if state is None:  # written by stock nnU-Net
             self.step = max(0, self.current_epoch - self.supervised_epochs) * self.num_iterations_per_epoch

@@ -32,7 +32,7 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 
 
 class nnUNetTrainerPSMT(SemiSupervisedTrainer):
-    """PS-MT: two EMA teachers, one updated per epoch in turns, label for a student with adversarial features."""
+    """PS-MT: two EMA teachers, updated in turns by epoch, label for a student with adversarial features."""
 
     unlabeled_weight = 3.0  # of the cross entropy with pseudo labels, after the ramp-up
     rampup = 0.4  # part of the training after which the unlabeled weight is full

@@ -130,6 +130,8 @@ class UnlabeledDataset:
         try:
             return load_pickle(str(file))["class_locations"]
         except Exception as error:  # pickle raises anything for a damaged file
+            if of_the_system(error):
+                raise
             raise RuntimeError(
                 f"{file} is missing or damaged ({error}). Run nnUNetv2_preprocess for its dataset again, then continue "
                 f"the training with --c."

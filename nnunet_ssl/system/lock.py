@@ -10,6 +10,7 @@ is atomic on NFS since version 3, on SMB and on Lustre.
 import json
 import os
 import platform
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 HEARTBEAT = 60.0  # seconds between two signs of life of a holder
-LOST = 600.0  # seconds without one, after which a holder on another computer counts as gone
+LOST = 300.0  # seconds without one, after which a holder on another computer counts as gone
 UNWRITTEN = 2.0  # seconds after which a lock file without content is of a process that was killed while it wrote
 
 
@@ -27,7 +28,7 @@ def locked(file: Path, doing: str) -> Iterator[None]:
     """In the block, no other process holds the lock `file`, on this computer or any other one with the same disk.
 
     A lock whose holder was killed is taken over: at once where that is known, of a process on another computer
-    after ten minutes without a sign of life. They are waited for: a job on a cluster may follow one that was killed.
+    after five minutes without a sign of life. They are waited for: a job on a cluster may follow one that was killed.
 
     Args:
         file: appears for the time of the block; its folder must exist.
@@ -92,17 +93,27 @@ def refuse_if_held(file: Path) -> None:
 
 
 def wait_for_life(file: Path) -> None:
-    """Returns when it is known whether the holder of a lock lives: the next sign of it, or none for too long."""
-    holder, begin = parsed(content(file) or ""), time_of(file)
+    """Waits, where this computer cannot tell whether the holder of a lock lives, for the next sign that it does.
+
+    Without one for too long the lock is removed.
+
+    Raises: RuntimeError where the holder has ended meanwhile: what it did was not there when this run began.
+    """
+    noted = content(file) or ""
+    holder, begin = parsed(noted), time_of(file)
     if holder is None or has_ended(holder) is not None:
         return
-    print(
-        f"Waiting for a sign of life of process {holder['pid']} on {holder['host']}, {holder['doing']} since "
-        f"{holder['since']}: until {datetime.fromtimestamp(begin + LOST):%H:%M:%S} at the latest.",
-        flush=True,
-    )
-    while time_of(file) == begin and time.time() - begin <= LOST:
+    seconds = min(LOST, LOST - (time.time() - begin))  # the other computer's clock may be ahead
+    who = f"process {holder['pid']} on {holder['host']}, {holder['doing']} since {holder['since']}"
+    print(f"Waiting for a sign of life of {who}: for {max(0, seconds):.0f} seconds at most.", flush=True)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if content(file) != noted:
+            raise RuntimeError(f"It has just ended: {who}. Run this again, to begin with what it has left.")
+        if time_of(file) != begin:
+            return
         time.sleep(min(1.0, HEARTBEAT / 10))
+    remove(file, noted)
 
 
 def time_of(file: Path) -> float:
@@ -132,8 +143,18 @@ def start_of(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # not Linux, another user's process that is hidden from us, or gone meanwhile
-        return None
+        return start_by_ps(pid)
     return "ended" if fields[0] in "ZX" else f"{boot} {fields[19]}"
+
+
+def start_by_ps(pid: int) -> str | None:
+    """When a process began, as macOS tells it: to the second; None where there is no such process, or no ps."""
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "TZ": "UTC"})
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def is_gone(holder: dict, file: Path) -> bool:
@@ -143,7 +164,7 @@ def is_gone(holder: dict, file: Path) -> bool:
 
 
 def has_ended(holder: dict) -> bool | None:
-    """Whether a process that held a lock has ended; None where this computer cannot tell."""
+    """Whether a process that held a lock has ended; None where this computer cannot tell, but signs of life do."""
     own = identity()
     if (holder["host"], holder["namespace"]) != (own["host"], own["namespace"]):
         requeued = holder["job"] is not None and holder["job"] == own["job"] and holder["restart"] != own["restart"]
@@ -157,7 +178,7 @@ def has_ended(holder: dict) -> bool | None:
     except PermissionError:  # it is there, another user's
         pass
     start = start_of(holder["pid"])
-    return None if None in (start, holder["start"]) else start != holder["start"]
+    return None not in (start, holder["start"]) and start != holder["start"]
 
 
 def created(file: Path, text: str) -> bool:

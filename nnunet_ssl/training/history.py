@@ -82,7 +82,7 @@ class History:
     def trim(self, epoch: int) -> None:
         """Drops rows of epochs that a resumed (or a new) training is going to write again: `epoch` and later ones."""
         header, rows = self.read()
-        if kept := [row for row in rows if float(row[0]) < epoch]:
+        if kept := [row for row in rows if int(row[0]) < epoch]:
             self.write(header, kept)
         else:
             self.table.unlink(missing_ok=True)
@@ -123,15 +123,15 @@ class History:
         """
         if not self.table.is_file():
             return [], []
-        with self.table.open(encoding="utf-8", newline="", errors="replace") as f:
-            header, *rows = list(csv.reader(f)) or [[]]
-        rows = [row for row in rows if len(row) == len(header)]
         try:
+            with self.table.open(encoding="utf-8", newline="", errors="replace") as f:
+                header, *rows = list(csv.reader(f)) or [[]]
             if header[:1] not in ([], ["epoch"]):
                 raise ValueError(f"no column epoch, but {header[0][:40]}")
-            for row in rows:
-                [*map(number, row)]
-        except ValueError as error:
+            rows = [row for row in rows if len(row) == len(header)]
+            for epoch, *cells in rows:
+                int(epoch), [*map(number, cells)]
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"{self.table} is damaged ({error}). Remove it; the training is not affected.") from error
         return header, rows
 

@@ -111,27 +111,27 @@ class PhaseScheduler:
 
     Args:
         scheduler: of nnU-Net, which asks nothing else of it than the step to an epoch.
-        optimizer: what it sets, with further groups of parameters since: of these, torch's schedulers want to know
-            nothing. They have the learning rate of the first group.
+        optimizer: what it sets. Groups of parameters that are added from now on have the learning rate of the first
+            one: torch's schedulers refuse them.
         begin: the epoch of the training that is the scheduler's epoch 0.
     """
 
     def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, begin: int):
         self.scheduler, self.optimizer, self.begin = scheduler, optimizer, begin
+        self.own = len(optimizer.param_groups)
 
     def step(self, epoch: int) -> None:
-        with first_group_only(self.optimizer):
+        with first_groups_only(self.optimizer, self.own):
             self.scheduler.step(epoch - self.begin)
-        first, *further = self.optimizer.param_groups
-        for group in further:
-            group["lr"] = first["lr"]
+        for group in self.optimizer.param_groups[self.own :]:
+            group["lr"] = self.optimizer.param_groups[0]["lr"]
 
 
 @contextmanager
-def first_group_only(optimizer: Optimizer) -> Iterator[None]:
-    """In the block, the optimizer has its first group of parameters only: that of nnU-Net's own network."""
-    further = optimizer.param_groups[1:]
-    del optimizer.param_groups[1:]
+def first_groups_only(optimizer: Optimizer, number: int = 1) -> Iterator[None]:
+    """In the block, the optimizer has its first groups of parameters only: those of nnU-Net's own network."""
+    further = optimizer.param_groups[number:]
+    del optimizer.param_groups[number:]
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.dataset_json import channel_names
-from nnunet_ssl.data.loading import UnlabeledDataset
+from nnunet_ssl.data.loading import UnlabeledDataset, of_the_system
 from nnunet_ssl.data.preprocessed import (
     check_settings,
     find_unlabeled,
@@ -176,6 +176,8 @@ def check_channels(unlabeled: UnlabeledDataset, channels: int, described: Path) 
     try:
         found = unlabeled.load_image(first).shape[0]
     except Exception as error:  # blosc2 raises anything for a damaged file
+        if of_the_system(error):
+            raise
         raise unlabeled.damaged(first, error) from error
     if found != channels:
         raise ValueError(

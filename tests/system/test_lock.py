@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timezone
 
 import pytest
 
@@ -115,15 +117,28 @@ def test_whether_a_holder_on_another_computer_lives_is_waited_for(lives, file, m
     assert "Waiting for a sign of life of process 1 on elsewhere, training since 2026" in capsys.readouterr().out
 
 
-def test_where_the_system_does_not_tell_when_processes_began_life_decides(file, monkeypatch):
-    monkeypatch.setattr(lock, "start_of", lambda pid: None)
-    write(file, pid=os.getppid(), start=None)
-    with pytest.raises(RuntimeError, match=f"Process {os.getppid()}"):
-        refuse_if_held(file)
-    old = time.time() - lock.LOST - 1
-    os.utime(file, (old, old))
-    refuse_if_held(file)
-    assert not file.exists()
+def test_where_a_holder_on_another_computer_ends_meanwhile_this_run_begins_anew(file, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    write(file, pid=1, host="elsewhere")
+    threading.Timer(0.2, file.unlink).start()
+    with pytest.raises(RuntimeError, match=r"just ended: process 1 on elsewhere.* Run this again"), locked(file, "it"):
+        pytest.fail("with what was there before")
+
+
+def test_a_clock_that_is_ahead_does_not_make_it_wait_longer(file, monkeypatch):
+    monkeypatch.setattr(lock, "LOST", 0.3)
+    write(file, pid=1, host="elsewhere")
+    os.utime(file, (time.time() + 3600, time.time() + 3600))
+    with locked(file, "training"):
+        pass
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="there is no ps")
+def test_ps_tells_when_a_process_began(holder):
+    assert lock.start_by_ps(os.getpid()) == lock.start_by_ps(os.getpid())
+    assert str(datetime.now(timezone.utc).year) in lock.start_by_ps(os.getpid())
+    assert lock.start_by_ps(holder.pid) != lock.start_by_ps(os.getppid())
+    assert lock.start_by_ps(2**22 + 1) is None
 
 
 def test_a_job_that_a_cluster_has_put_back_into_its_queue_takes_its_own_lock_over(file, monkeypatch):
@@ -184,5 +199,4 @@ def test_another_users_process_counts_as_running(monkeypatch, file):
 
     monkeypatch.setattr(os, "kill", refuse)
     monkeypatch.setattr(lock, "start_of", lambda pid: None)  # as where the system hides it
-    file.touch()
     assert not is_gone(identity() | {"pid": 99999999, "start": "x"}, file)

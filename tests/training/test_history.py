@@ -172,7 +172,7 @@ def test_a_row_that_is_being_written_is_none_and_a_damaged_table_is_named(tmp_pa
     assert history.columns() == {}
     history.table.write_text("epoch,loss\n0,1.5\n1")
     assert history.columns() == {"epoch": (0.0,), "loss": (1.5,)}
-    for damage in ("epoch,loss\n0,x\n", "epoch;loss\n0;1.5\n"):
+    for damage in ("epoch,loss\n0,x\n", "epoch;loss\n0;1.5\n", "epoch,loss\n,1.5\n", "\0" * 200_000):
         history.table.write_text(damage)
         with pytest.raises(ValueError, match=r"losses\.csv is damaged"):
             history.columns()

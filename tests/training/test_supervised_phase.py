@@ -216,10 +216,35 @@ def test_patches_that_are_not_finite_cost_their_step_and_at_last_end_the_trainin
     assert all(tensor.isfinite().all() for tensor in weights(trainer.network).values())
 
 
-def test_schedulers_of_torch_set_the_learning_rate_of_all_networks(tiny_dataset):
-    class WithCosine(nnUNetTrainerCPS, nnUNetTrainerCosAnneal):
-        pass
+class TwoWithWarmUp(nnUNetTrainerCPS, nnUNetTrainer_warmup):
+    pass
 
+
+def test_a_warm_up_of_two_networks_begins_where_a_training_is_continued(tiny_dataset):
+    trainer = make_trainer(TwoWithWarmUp, tiny_dataset, num_epochs=4)
+    trainer.initialize()
+    before = trainer.optimizer
+    trainer._restart_optimizer()  # as --c does
+    assert trainer.optimizer is not before
+    assert len(trainer.optimizer.param_groups) == 2
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [trainer.initial_lr / 50] * 2
+
+
+class WithCosine(nnUNetTrainerCPS, nnUNetTrainerCosAnneal):
+    def configure_optimizers(self):
+        optimizer, _ = super().configure_optimizers()
+        if self.own_groups == 2:
+            *parameters, last = optimizer.param_groups[0]["params"]
+            optimizer.param_groups[0]["params"] = parameters
+            optimizer.add_param_group({"params": [last]})
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_epochs)
+
+
+@pytest.mark.parametrize("own_groups", [1, 2])
+def test_schedulers_of_torch_set_the_learning_rate_of_all_networks(own_groups, tiny_dataset):
+    WithCosine.own_groups = own_groups
     trainer = make_trainer(WithCosine, tiny_dataset, num_epochs=4)
     trainer.initialize()
     rates = []
@@ -227,7 +252,7 @@ def test_schedulers_of_torch_set_the_learning_rate_of_all_networks(tiny_dataset)
         trainer.lr_scheduler.step(epoch)
         rates.append([group["lr"] for group in trainer.optimizer.param_groups])
     expected = [trainer.initial_lr * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
-    assert np.allclose(rates, [[rate, rate] for rate in expected])
+    assert np.allclose(rates, [[rate] * (own_groups + 1) for rate in expected])
 
 
 def test_a_loss_that_is_not_finite_is_told(tiny_dataset):
