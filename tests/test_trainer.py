@@ -549,3 +549,12 @@ def test_the_method_in_the_documents_is_the_trainer_as_it_is():
     root = Path(__file__).parents[1]
     shown = (root / "docs" / "adding_a_method.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     assert (root / "trainers" / "nnUNetTrainerMeanTeacher.py").read_text(encoding="utf-8").endswith(shown)
+
+
+def test_what_is_no_fault_of_the_results_folder_is_not_blamed_on_it(tiny_dataset, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("the server of Weights & Biases is away")
+
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.MetaLogger.__init__", offline)
+    with pytest.raises(ConnectionError, match=r"^the server of Weights & Biases is away$"):
+        make_trainer(nnUNetTrainerM3HL, tiny_dataset)

@@ -160,14 +160,6 @@ def test_without_splits_there_are_five_folds(folder, tmp_path):
     refused(tmp_path, "Fold 5 does not exist: without .* there are the folds 0 to 4", fold=5)
 
 
-def test_what_is_no_fault_of_the_folder_is_not_blamed_on_it(folder, tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise ConnectionError("the server of Weights & Biases is away")
-
-    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.MetaLogger.__init__", offline)
-    refused(tmp_path, "^the server of Weights & Biases is away$")
-
-
 BAD_ENVIRONMENT = {
     "no_results": ({"nnUNet_results": None}, "nnUNet_results is not defined"),
     "unwritable_results": (
