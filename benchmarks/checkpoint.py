@@ -133,9 +133,8 @@ def peak_memory(row: str, queue) -> None:
     file = str(Path(trainer.output_folder, "checkpoint.pth"))
     save(trainer, file)  # imports
     before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # Linux; getrusage would have the peak of all that was before
+    # Linux; getrusage would have the peak of all that was before
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     save(trainer, file)
     queue.put(resident_mib("VmHWM") - before)
 
