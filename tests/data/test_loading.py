@@ -24,6 +24,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_ssl.data.augmentation import NEEDS_LABELS, OnDevice, split_transforms
 from nnunet_ssl.data.loading import Batch, LabeledDataLoader, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.data.preprocessed import find_unlabeled
+from nnunet_ssl.training.preflight import check_channels
 
 SHAPE = (18, 20, 22)
 PATCH = {2: (16, 12), 3: (8, 16, 12)}
@@ -219,11 +220,19 @@ def test_a_file_is_blamed_for_its_own_errors_only(tmp_path, monkeypatch, error, 
     pair = paired_loader(tmp_path)
     manager = LabelManager({"background": 0, "blob": 1}, None)
     labeled = LabeledDataLoader(pair.labeled._data, 2, PATCH[3], PATCH[3], label_manager=manager)
-    monkeypatch.setattr(pair.unlabeled._data, "load_image", fail)
+    unlabeled = pair.unlabeled._data
+    predicted = UnlabeledDataset(unlabeled.files, {"a": tmp_path / "a.pkl"})
+    monkeypatch.setattr(unlabeled, "load_image", fail)
     monkeypatch.setattr(labeled._data, "load_case", fail)
-    for loader in (pair.unlabeled, labeled):
+    monkeypatch.setattr("nnunet_ssl.data.loading.load_pickle", fail)
+    for read in (
+        lambda: next(pair.unlabeled),
+        lambda: next(labeled),
+        lambda: check_channels(unlabeled, 1, Path("dataset.json")),
+        lambda: predicted.class_locations("a"),
+    ):
         with pytest.raises(type(error)) as raised:
-            next(loader)
+            read()
         assert (raised.value is error) != blamed
         assert ("damaged" in str(raised.value)) == blamed
 
