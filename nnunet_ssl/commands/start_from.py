@@ -11,7 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.data.splits import read_splits
+from nnunet_ssl.data.splits import read_splits, require_hidden
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -181,11 +181,14 @@ def require_known_cases(
         model_fold: of the model.
         preprocessed: the dataset's folder in nnUNet_preprocessed.
         trained_on: name of the model's dataset.
-        learnt: its labeled cases; where they are not known, those of its fold as it is now.
+        learnt: its labeled cases; where they are not known, those of its fold as it is now, which must be as many as its
+            log says, or more.
     """
     own, other = (folder / "splits_final.json" for folder in (preprocessed, preprocessed.with_name(trained_on)))
     if fold == "all" and own == other:
         return
+    if learnt is None:
+        require_hidden(other, model_fold, file)
     train = []
     for splits, number in ((own, fold), (other, model_fold)):
         folds = read_splits(splits)

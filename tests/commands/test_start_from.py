@@ -201,6 +201,20 @@ def test_a_model_of_other_cases_is_refused(results, tiny_dataset, capsys):
         shutil.rmtree(other)
 
 
+def test_a_stock_model_of_more_labels_than_the_fold_has_now_is_refused(results, tiny_dataset, capsys):
+    splits = tiny_dataset / "splits_final.json"
+    before = splits.read_text()
+    folds = json.loads(before)
+    folds[0]["unlabeled"] = [*folds[0].get("unlabeled", []), folds[0]["train"].pop()]
+    try:
+        splits.write_text(json.dumps(folds))
+        assert main([*ARGUMENTS, "--model", "nnUNetTrainer"]) == 1
+    finally:
+        splits.write_text(before)
+    assert "has learnt labels that fold 0 of" in capsys.readouterr().err
+    assert not model(results, OURS).exists()
+
+
 def test_a_running_training_is_left_alone(results, capsys):
     fold = model(results, OURS) / "fold_0"
     fold.mkdir(parents=True)
