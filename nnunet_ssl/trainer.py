@@ -1,6 +1,7 @@
 """SemiSupervisedTrainer: the only file that touches nnU-Net's training loop."""
 
 import errno
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -42,6 +43,7 @@ from nnunet_ssl.training.variants import stock_settings
 
 SAMPLING = ("label_manager", "oversample_foreground_percent", "probabilistic_oversampling")  # of nnU-Net's loader
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+SAVE_SECONDS = 1800.0  # after which a checkpoint is due, in an expensive training sooner than nnU-Net's 50 epochs
 COMPARED_BATCHES = 10  # of the validation batches of an epoch, on which the Dice of every network is taken
 
 
@@ -177,6 +179,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._resume_random_state = None
         self._split: tuple[list[str], list[str]] | None = None  # of the whole training, whatever becomes of the file
         self._unlabeled: UnlabeledDataset | None = None  # as well
+        self._saved_at = time.monotonic()  # when --c would have found the last checkpoint
         self.health = Health(self.print_to_log_file)
 
     @property
@@ -387,7 +390,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._losses = self.health.end_epoch(train_outputs)
 
     def on_epoch_end(self) -> None:
-        super().on_epoch_end()
+        due = time.monotonic() - self._saved_at > SAVE_SECONDS  # jobs on a cluster may be short
+        with replaced(self, "save_every", 1 if due else self.save_every):
+            super().on_epoch_end()
         begin, end = (self.logger.get_value(f"epoch_{t}_timestamps", step=-1) for t in ("start", "end"))
         last = self.supervised_epochs if self.supervised_phase else self.num_epochs
         if self.current_epoch < last:
@@ -450,6 +455,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
+        if filename.endswith("latest.pth"):
+            self._saved_at = time.monotonic()
         networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
         stock, deployed = super().save_checkpoint, unwrap(self._deployed())
         progress = {"step": self.step, "supervised_epochs": self.supervised_epochs}

@@ -1,6 +1,7 @@
 """The base trainer: what it does to nnU-Net's loop, whatever the method."""
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -320,6 +321,25 @@ def test_scans_that_are_not_preprocessed_are_named_in_the_log(tiny_dataset, tmp_
     log = Path(trainer.log_file).read_text(encoding="utf-8")
     assert "WARNING: 1 scan of" in log
     assert "Run: nnunet-ssl preprocess -d 701 -c 3d_fullres -p nnUNetPlans" in log
+    assert f"not in {images}: given with -i, or removed since (unlabeled_001" in log
+    assert "unlabeled_000" not in log
+
+
+def test_raw_scans_that_cannot_be_read_are_no_reason_to_end(tiny_dataset, tmp_path, monkeypatch):
+    folder = tmp_path / "Dataset701_Tiny"
+    for name in ("imagesUn", "imagesTs"):
+        (folder / name).mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    find = Path.iterdir
+
+    def iterdir(path):
+        if path.parent == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return find(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    log = Path(started(TwoGraphs, tiny_dataset).log_file).read_text(encoding="utf-8")
+    assert "WARNING: nobody knows whether all unlabeled scans are preprocessed" in log
 
 
 # ---- what is refused, before any epoch ----
@@ -355,6 +375,23 @@ def test_an_unlabeled_case_that_is_in_use_already_is_refused(kind, case, tiny_da
     copy = copied(tiny_dataset, tmp_path, monkeypatch, [fold])
     with pytest.raises(ValueError, match=f"splits_final.json: unlabeled cases of fold 0 are {kind} cases too:.*{case}"):
         make_trainer(nnUNetTrainerM3HL, copy).on_train_start()
+
+
+@pytest.mark.parametrize("where", ["imagesTs", "the fold"])
+def test_a_scan_that_became_a_test_scan_is_no_unlabeled_one(where, tiny_dataset, tmp_path, monkeypatch):
+    fold = {"train": ["case_000", "case_001"], "val": ["case_002"], "test": ["unlabeled_000"] * (where == "the fold")}
+    copy = copied(tiny_dataset, tmp_path, monkeypatch, [fold])
+    if where == "imagesTs":
+        images = tmp_path / "raw" / "Dataset701_Tiny" / "imagesTs"
+        images.mkdir(parents=True)
+        (images / "unlabeled_000_0000.nii.gz").touch()
+        monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    with pytest.raises(ValueError, match="unlabeled cases of fold 0 are test cases too: unlabeled_000"):
+        make_trainer(nnUNetTrainerM3HL, copy).on_train_start()
+    own = copy / "nnUNetPlans_3d_fullres_unlabeled"
+    settings = json.loads(own.with_suffix(".json").read_text())
+    own.with_suffix(".json").write_text(json.dumps(settings | {"transductive": ["unlabeled_000"]}))
+    make_trainer(nnUNetTrainerM3HL, copy).on_train_start()  # somebody wanted it so
 
 
 def test_a_fold_that_does_not_exist_is_refused_instead_of_drawn_at_random(tiny_dataset):

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,11 +141,34 @@ def evaluate_case(
     if isinstance(pair, str):
         return pair
     prediction, reference, spacing = pair
-    counts = np.full(reference.shape, True) if ignore_label is None else reference != ignore_label
     return {
-        name: case_metrics(np.isin(prediction, v) & counts, np.isin(reference, v) & counts, spacing, **options)
-        for name, v in labels.items()
+        name: case_metrics(*masks, spacing, **options)
+        for name, masks in label_masks(prediction, reference, labels, ignore_label)
     }
+
+
+def label_masks(
+    prediction: np.ndarray, reference: np.ndarray, labels: dict[str, tuple[int, ...]], ignore_label: int | None
+) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """The masks of every label or region in two label maps, cut to the box around both.
+
+    With a hundred labels that is a hundred times faster than whole masks. Overlap and distances are those of the whole.
+
+    Args:
+        prediction: (*spatial), labels.
+        reference: the same.
+        labels: name to values.
+        ignore_label: voxels where the reference has it belong to no mask.
+    """
+    boxes = [[*ndimage.find_objects(image.astype(np.int32))] for image in (prediction, reference)]
+    for name, values in labels.items():
+        own = [found[v - 1] for found in boxes for v in values if 0 < v <= len(found) and found[v - 1] is not None]
+        if 0 in values:  # the background has no box
+            own = [tuple(slice(0, size) for size in reference.shape)]
+        box = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*own, strict=True))
+        box = box or (slice(0, 0),) * reference.ndim
+        counts = True if ignore_label is None else reference[box] != ignore_label
+        yield name, tuple(np.isin(image[box], values) & counts for image in (prediction, reference))
 
 
 def evaluate(

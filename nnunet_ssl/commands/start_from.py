@@ -11,6 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ssl.data.preprocessed import uses_statistics
 from nnunet_ssl.data.splits import read_splits, require_hidden
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.quiet import quiet
@@ -147,7 +148,8 @@ def require_same(file: Path, made: dict, configuration: str, preprocessed: Path,
         for each, name in ((made["plans"], made["configuration"]), (plans, configuration))
     )
     pairs = [(made["dataset_json"].get(key), dataset_json.get(key), key) for key in DATASET_KEYS]
-    pairs.append((made["plans"].get(INTENSITIES), plans.get(INTENSITIES), INTENSITIES))
+    if uses_statistics(ours):
+        pairs.append((made["plans"].get(INTENSITIES), plans.get(INTENSITIES), INTENSITIES))
     pairs += [(theirs.get(key), ours.get(key), key) for key in PLANS_KEYS]
     for other, own, key in pairs:
         if other is not None and own is not None and json.dumps(other) != json.dumps(own):
@@ -181,8 +183,7 @@ def require_known_cases(
         model_fold: of the model.
         preprocessed: the dataset's folder in nnUNet_preprocessed.
         trained_on: name of the model's dataset.
-        learnt: its labeled cases; where they are not known, those of its fold as it is now, which must be as many as its
-            log says, or more.
+        learnt: its labeled cases; where they are not known, those of its fold now count, if its log has no more.
     """
     own, other = (folder / "splits_final.json" for folder in (preprocessed, preprocessed.with_name(trained_on)))
     if fold == "all" and own == other:

@@ -30,6 +30,10 @@ SETTINGS = (
 )
 
 
+# of nnU-Net's normalizations those that do not look at the intensities of all labeled scans
+WITHOUT_STATISTICS = {"ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"}
+
+
 def unlabeled_folder(preprocessed_dataset_folder: Path, data_identifier: str) -> Path:
     """Where preprocessed unlabeled scans are: beside the configuration's own folder, all of which nnU-Net trains on."""
     return Path(preprocessed_dataset_folder) / f"{data_identifier}_unlabeled"
@@ -70,6 +74,11 @@ def preprocessing_settings(plans: PlansManager, configuration: ConfigurationMana
     }
 
 
+def uses_statistics(configuration: dict[str, Any]) -> bool:
+    """Whether the plans' intensity statistics, which every new labeled scan changes, decide how an image looks."""
+    return not set(configuration["normalization_schemes"]) <= WITHOUT_STATISTICS
+
+
 def settings_file(target: Path) -> Path:
     """Which settings a folder of unlabeled cases was made with; beside it, as nnU-Net refuses foreign files inside."""
     return target.with_name(f"{target.name}.json")
@@ -90,7 +99,10 @@ def check_settings(target: Path, settings: dict[str, Any]) -> None:
         )
     stored = read_settings(file)
     # Compared as text: statistics can be NaN, which differs from itself.
-    changed = [key for key, value in settings.items() if json.dumps(stored.get(key)) != json.dumps(value)]
+    unused = set() if uses_statistics(settings) else {"intensity_properties"}
+    changed = [
+        key for key, value in settings.items() if key not in unused and json.dumps(stored.get(key)) != json.dumps(value)
+    ]
     if changed:
         raise ValueError(
             f"The cases in {target} were preprocessed with other plans: {', '.join(changed)} changed. {fix}"

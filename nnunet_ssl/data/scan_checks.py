@@ -1,6 +1,7 @@
 """Every scan is read once before anything is written: what is wrong with its files, voxels, geometry and size."""
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Report:
         if self.problems:
             text = f"{verdict}. Problems in {images}:\n  " + "\n  ".join(self.problems)
             if self.doubtful:
-                text += f"\nLet through what is right as it is: --accept {' '.join(self.doubtful)}"
+                text += f"\nLet through what is right as it is: --accept {shlex.join(self.doubtful)}"
             raise ValueError(text)
         for warning in self.warnings:
             print(f"WARNING: {warning}")

@@ -9,11 +9,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.data.dataset_json import channel_names
 from nnunet_ssl.data.preprocessed import finished_cases
 from nnunet_ssl.data.splits import read_splits
+
+POSITION = "0020|0032"  # of a DICOM slice: its first voxel, in mm
+UNEVEN = 0.1  # part of the distance of two slices by which others may differ; headers are rounded
 
 
 def find_scans(folder: Path, ending: str, single_channel: bool = False) -> tuple[dict[str, list[Path]], list[str]]:
@@ -124,10 +128,11 @@ def is_packed(file: Path) -> bool:
 def unpacked(file: Path, ending: str) -> Iterator[Path]:
     """A scan's file as readers take it; what is unpacked or converted for them is removed afterwards.
 
-    A folder of DICOM files becomes one image file with the ending. A packed NIfTI file is unpacked: SimpleITK alone
-    takes three times as long as Python's gzip and SimpleITK together.
+    A folder of DICOM files becomes one image file with the ending, or without its .gz. A packed NIfTI file is unpacked:
+    SimpleITK alone takes three times as long as Python's gzip and SimpleITK together.
 
-    Raises: ValueError where the folder does not hold exactly one DICOM series, OSError without room to unpack.
+    Raises: ValueError where the folder does not hold exactly one DICOM series, or slices are missing in it; OSError
+        without room to unpack.
     """
     if not file.is_dir():
         if not is_packed(file):
@@ -148,8 +153,28 @@ def unpacked(file: Path, ending: str) -> Iterator[Path]:
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
     if len(series) != 1:
         raise ValueError(f"{len(series)} DICOM series in the folder, expected one")
-    slices = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(file), series[0])
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, f"{file.name}_0000{ending}")
-        sitk.WriteImage(sitk.ReadImage(slices), str(path))
+        path = Path(scratch, f"{file.name}_0000{ending.removesuffix('.gz')}")
+        sitk.WriteImage(read_series(file, series[0]), str(path))
         yield path
+
+
+def read_series(folder: Path, series: str) -> sitk.Image:
+    """A DICOM series as one image.
+
+    Raises: ValueError where its slices are not evenly spaced: SimpleITK would give all of them the mean distance.
+    """
+    reader = sitk.ImageSeriesReader()
+    reader.MetaDataDictionaryArrayUpdateOn()
+    reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+    image = reader.Execute()
+    numbers = range(len(reader.GetFileNames()))
+    if len(numbers) > 2 and all(reader.HasMetaDataKey(i, POSITION) for i in numbers):
+        positions = [[float(x) for x in reader.GetMetaData(i, POSITION).split("\\")] for i in numbers]
+        gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+        if np.ptp(gaps) > UNEVEN * np.median(gaps):
+            raise ValueError(
+                f"its slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart: some are missing, twice there or of "
+                f"another series"
+            )
+    return image

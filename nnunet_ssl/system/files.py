@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
@@ -14,7 +15,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder of `path` must exist. When the block raises, the temporary file is removed and `path` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # not the process id: two containers that share a disk may have the same
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

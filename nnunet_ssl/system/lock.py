@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def wait_for_life(file: Path) -> None:
     holder, begin = parsed(noted), time_of(file)
     if holder is None or has_ended(holder) is not None:
         return
-    seconds = min(LOST, LOST - (time.time() - begin))  # the other computer's clock may be ahead
+    seconds = min(LOST, LOST - (now(file.parent) - begin))  # where a client sets times, its clock may be ahead
     who = f"process {holder['pid']} on {holder['host']}, {holder['doing']} since {holder['since']}"
     print(f"Waiting for a sign of life of {who}: for {max(0, seconds):.0f} seconds at most.", flush=True)
     deadline = time.monotonic() + seconds
@@ -122,6 +123,16 @@ def time_of(file: Path) -> float:
         return file.stat().st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+def now(folder: Path) -> float:
+    """The time by the clock of a folder's disk: a file server's may be minutes from this computer's."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock") as file:
+            os.utime(file.name)
+            return time_of(Path(file.name))
+    except OSError:  # another user's folder, or a full disk
+        return time.time()
 
 
 def identity() -> dict[str, str | int | None]:
@@ -160,7 +171,7 @@ def start_by_ps(pid: int) -> str | None:
 def is_gone(holder: dict, file: Path) -> bool:
     """Whether the holder of a lock has ended; where nobody here can know that, whether it was silent for too long."""
     ended = has_ended(holder)
-    return time.time() - time_of(file) > LOST if ended is None else ended
+    return now(file.parent) - time_of(file) > LOST if ended is None else ended
 
 
 def has_ended(holder: dict) -> bool | None:

@@ -1,5 +1,6 @@
 """Worker processes that end with their parent, and jobs behind a progress bar."""
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SHOWN = 10  # failures whose reasons are said
 
 
 @contextmanager
@@ -41,21 +45,30 @@ def run_all(
 ) -> dict[str, Any]:
     """Call `function` with every job's arguments, behind a progress bar of `unit`s; results under the jobs' names.
 
-    Raises: RuntimeError that names the job whose call failed, or says that a worker died.
+    A job that fails does not keep the others from being done, unless a disk is full.
+
+    Raises: RuntimeError that names the jobs whose calls failed, when all are done, or says that a worker died.
     """
-    results, name = {}, None
+    results, failed = {}, {}
     with tqdm(total=len(jobs), desc=description, unit=unit, disable=not jobs) as bar:
-        try:
-            for name, result in calls(pool, function, jobs):
+        for name, result in calls(pool, function, jobs):
+            try:
                 results[name] = result()
-                bar.update()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "A worker process died without an error, most likely because memory ran out. Run the same command "
-                "again with fewer processes (-np 1 needs the least): complete cases are kept."
-            ) from error
-        except Exception as error:
-            raise RuntimeError(f"{description} failed at {name}: {type(error).__name__}: {error}") from error
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    "A worker process died without an error, most likely because memory ran out. Run the same command "
+                    "again with fewer processes (-np 1 needs the least): complete cases are kept."
+                ) from error
+            except Exception as error:
+                failed[name] = error
+                if getattr(error, "errno", None) in FULL:
+                    break
+            bar.update()
+    if failed:
+        reasons = [f"{name}: {type(error).__name__}: {error}" for name, error in failed.items()]
+        more = f"\n  and {len(reasons) - SHOWN} more" * (len(reasons) > SHOWN)
+        text = f"{description} failed at " + "\n  ".join(reasons[:SHOWN]) + more
+        raise RuntimeError(text) from next(iter(failed.values()))
     return results
 
 

@@ -1,6 +1,5 @@
 """What is checked before a training begins, and what the log says about its data."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from nnunet_ssl.data.preprocessed import (
     finished_cases,
     predicted_foreground,
     preprocessing_settings,
+    transductive_cases,
     unlabeled_folder,
 )
-from nnunet_ssl.data.scans import unlabeled_scans
+from nnunet_ssl.data.scans import find_scans, unlabeled_scans
 from nnunet_ssl.data.splits import CROSSVAL_FOLDS, check_fold, read_fold
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.wording import counted
@@ -139,16 +139,21 @@ def unlabeled_dataset(
 
     Raises:
         FileNotFoundError: there is none; the message has both ways to provide them.
-        ValueError: a case is labeled or for validation as well, or other plans have preprocessed imagesUn.
+        ValueError: a case is labeled or for validation or testing as well, or other plans have preprocessed imagesUn.
     """
     manager, splits = plans.get_configuration(configuration), base / "splits_final.json"
-    listed = read_fold(splits, fold)["unlabeled"] if fold != "all" else []
-    check_settings(unlabeled_folder(base, manager.data_identifier), preprocessing_settings(plans, manager))
-    files = find_unlabeled(base, manager.data_identifier, listed)
-    for kind, cases in known.items():
+    lists = read_fold(splits, fold) if fold != "all" else {"unlabeled": [], "test": []}
+    own = unlabeled_folder(base, manager.data_identifier)
+    check_settings(own, preprocessing_settings(plans, manager))
+    files = find_unlabeled(base, manager.data_identifier, lists["unlabeled"])
+    tests = {*lists["test"], *scans_for_testing(plans.dataset_name, dataset_json)} - transductive_cases(own)
+    for kind, cases in {**known, "test": tests}.items():
         shared = sorted(set(files) & set(cases))
         if shared:
-            raise ValueError(f"{splits}: unlabeled cases of fold {fold} are {kind} cases too: {shared[:5]}.")
+            raise ValueError(
+                f"{splits}: unlabeled cases of fold {fold} are {kind} cases too: {', '.join(shared[:5])}. Correct it, "
+                f"or remove their files from {own}."
+            )
     if not files:
         dataset, number = plans.dataset_name, plans.dataset_name[7:10]
         file = f"CASE_0000{dataset_json['file_ending']}"
@@ -219,21 +224,47 @@ def describe(trainer: nnUNetTrainer, base: type, known: dict[str, list[str]], un
     if unlabeled.predicted:
         found = f"{len(unlabeled.predicted.keys() & unlabeled.files)} of {counted(len(unlabeled), 'unlabeled case')}"
         lines.append(f"Unlabeled patches are oversampled where a model found foreground, in {found}.")
-    images, missing = unprocessed_scans(trainer.plans_manager.dataset_name, trainer.dataset_json, unlabeled.files)
-    if missing:
+    return "\n".join(lines + differences(trainer, unlabeled.files))
+
+
+def differences(trainer: nnUNetTrainer, files: dict[str, Path]) -> list[str]:
+    """Lines about scans of imagesUn that are not preprocessed, and about cases that are not, or no longer, there.
+
+    Args:
+        files: of the unlabeled cases.
+    """
+    plans, images = trainer.plans_manager, raw_folder(trainer.plans_manager.dataset_name, "imagesUn")
+    try:
+        scans = unlabeled_scans(images, trainer.dataset_json)[0] if images else {}
+    except OSError as error:  # the training itself needs no raw scans
+        return [f"WARNING: nobody knows whether all unlabeled scans are preprocessed ({error})."]
+    lines = []
+    if missing := scans.keys() - files.keys():
         lines.append(
             f"WARNING: {counted(len(missing), f'scan of {images} is', f'scans of {images} are')} not preprocessed and "
             f"not used. Run: nnunet-ssl preprocess "
-            f"-d {trainer.plans_manager.dataset_name[7:10]} -c {trainer.configuration_name} "
-            f"-p {trainer.plans_manager.plans_name}"
+            f"-d {plans.dataset_name[7:10]} -c {trainer.configuration_name} -p {plans.plans_name}"
         )
-    return "\n".join(lines)
+    identifier = trainer.configuration_manager.data_identifier
+    own = unlabeled_folder(Path(trainer.preprocessed_dataset_folder_base), identifier)
+    surplus = sorted(case for case, file in files.items() if file.parent == own and case not in scans)
+    if scans and surplus:
+        lines.append(
+            f"{counted(len(surplus), 'unlabeled case is', 'unlabeled cases are')} not in {images}: given with -i, or "
+            f"removed since ({', '.join(surplus[:5])}). To withdraw a scan, remove its files from {own} too."
+        )
+    return lines
 
 
-def unprocessed_scans(dataset: str, dataset_json: dict, files: Iterable[str]) -> tuple[Path, set[str]]:
-    """The raw dataset's imagesUn, and its scans that are not among the cases `files`; none without nnUNet_raw."""
-    if not paths.nnUNet_raw.is_set():
-        return Path(), set()
-    images = Path(paths.nnUNet_raw) / dataset / "imagesUn"
-    scans, _ = unlabeled_scans(images, dataset_json)
-    return images, scans.keys() - set(files)
+def raw_folder(dataset: str, name: str) -> Path | None:
+    """A folder of the raw dataset, which may be missing; None where nnUNet_raw is not set."""
+    return Path(paths.nnUNet_raw) / dataset / name if paths.nnUNet_raw.is_set() else None
+
+
+def scans_for_testing(dataset: str, dataset_json: dict) -> set[str]:
+    """Names of the scans in imagesTs; none where it cannot be read, as a training needs no raw scans."""
+    images = raw_folder(dataset, "imagesTs")
+    try:
+        return set(find_scans(images, dataset_json["file_ending"])[0]) if images else set()
+    except OSError:
+        return set()

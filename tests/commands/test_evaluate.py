@@ -9,7 +9,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.spatial.distance import cdist
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.commands.evaluate import METRICS, case_metrics, evaluate, label_values, surface_distances
+from nnunet_ssl.commands.evaluate import METRICS, case_metrics, evaluate, label_masks, label_values, surface_distances
 
 
 def cube(shape, lower, upper):
@@ -150,6 +150,24 @@ def test_labels_and_regions_of_a_dataset_json():
     assert label_values(classes) == ({"a": (1,), "b": (2,)}, 3)
     regions = {"labels": {"background": 0, "whole": [1, 2], "core": 2}}
     assert label_values(regions) == ({"whole": (1, 2), "core": (2,)}, None)
+
+
+@pytest.mark.parametrize("shape", [(9, 11), (7, 9, 11)])
+def test_masks_in_their_boxes_have_the_metrics_of_whole_masks(shape):
+    rng = np.random.default_rng(0)
+    labels = {"a": (1,), "b": (4,), "both": (1, 4), "nowhere": (3, 9), "background": (0,)}
+    for ignore_label in (None, 5):
+        maps = np.where(rng.random((2, *shape)) > 0.8, rng.choice([1, 4, 5], (2, *shape)), 0)
+        maps[:, -2:] = 0  # the boxes are smaller than the images
+        found = dict(label_masks(*maps, labels, ignore_label))
+        counts = maps[1] != ignore_label
+        for name, values in labels.items():
+            whole = [np.isin(image, values) & counts for image in maps]
+            assert case_metrics(*found[name], (1, 2, 3)[: len(shape)]) == pytest.approx(
+                case_metrics(*whole, (1, 2, 3)[: len(shape)]), nan_ok=True
+            )
+        assert found["a"][0].size < maps[0].size
+        assert found["nowhere"][0].size == 0
 
 
 # ---- folders ----

@@ -1,5 +1,6 @@
 """Unlabeled scans become what nnU-Net's own preprocessing makes of a scan, or are refused with the reasons."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel
@@ -26,9 +28,9 @@ from skimage.io import imsave
 from nnunet_ssl.commands.preprocess import preprocess_unlabeled
 from nnunet_ssl.data.loading import UnlabeledDataset
 from nnunet_ssl.data.plausibility import Expected
-from nnunet_ssl.data.preprocessed import FILES, unlabeled_folder
-from nnunet_ssl.data.scan_checks import check_scan, geometry
-from nnunet_ssl.data.scans import find_scans
+from nnunet_ssl.data.preprocessed import FILES, check_settings, unlabeled_folder, write_settings
+from nnunet_ssl.data.scan_checks import Report, check_scan, geometry
+from nnunet_ssl.data.scans import find_scans, unpacked
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 DATASET = 941
@@ -476,6 +478,19 @@ def test_cases_of_other_plans_are_refused_until_they_are_removed(folder):
     assert content(target_of(folder))[CASES[0]].shape == (2, 24, 20, 20)
 
 
+@pytest.mark.parametrize("scheme", ["CTNormalization", "ZScoreNormalization"])
+def test_statistics_of_new_labels_count_where_they_normalize(scheme, tmp_path):
+    target = tmp_path / "cases"
+    target.mkdir()
+    for suffix in FILES:
+        (target / f"a{suffix}").touch()
+    settings = {"normalization_schemes": [scheme], "intensity_properties": {"0": {"mean": 1.0}}}
+    write_settings(target, settings)
+    refusal = pytest.raises(ValueError, match="other plans: intensity_properties changed")
+    with refusal if scheme == "CTNormalization" else nullcontext():
+        check_settings(target, settings | {"intensity_properties": {"0": {"mean": 2.0}}})
+
+
 def test_a_patch_or_batch_size_changes_no_image_and_is_accepted(folder):
     preprocess()
     before = content(target_of(folder))
@@ -547,6 +562,31 @@ def test_a_case_that_fails_is_named():
         run_all(pool, int, {"case_7": ("x",)}, "Working")
 
 
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_others_are_done_before_it_is_said(processes, tmp_path):
+    jobs = {name: (str(tmp_path / name),) for name in "abcd"}
+    for name in "ac":
+        (tmp_path / name).touch()
+    with worker_pool(processes) as pool, pytest.raises(RuntimeError) as error:
+        run_all(pool, os.mkdir, jobs, "Working")
+    assert str(error.value).startswith("Working failed at ")
+    assert all(f"{name}: FileExistsError:" in str(error.value) for name in "ac")
+    assert (tmp_path / "d").is_dir()
+
+
+def test_a_full_disk_ends_it_at_once():
+    done = []
+
+    def work(number):
+        done.append(number)
+        if number == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="Working failed at 1: OSError"):
+        run_all(None, work, {str(number): (number,) for number in range(4)}, "Working")
+    assert done == [0, 1]
+
+
 # ---- one channel: plain names, DICOM series, test scans, parts ----
 
 
@@ -593,6 +633,26 @@ def test_a_folder_without_exactly_one_dicom_series_is_named(single, single_targe
     with pytest.raises(ValueError, match=r"empty: cannot be read \(0 DICOM series in the folder, expected one\)"):
         preprocess_single(images=tmp_path)
     assert not single_target.exists()
+
+
+@pytest.mark.parametrize("lost", [1, 4])
+def test_a_series_that_lacks_slices_is_refused(lost, tmp_path):
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 500, (12, 8, 8)).astype(np.int16))
+    image.SetSpacing((1.0, 1.0, 2.5))
+    tiny.write_dicom(image, tmp_path / "series")
+    with unpacked(tmp_path / "series", ".nii.gz") as file:
+        assert file.name == "series_0000.nii"  # to pack it would take ten times as long
+        assert sitk.ReadImage(str(file)).GetSpacing() == (1.0, 1.0, 2.5)
+    for index in range(5, 5 + lost):
+        (tmp_path / "series" / f"{7 * index % 12:03d}.dcm").unlink()
+    words = f"its slices are 2.50 to {2.5 * (1 + lost):.2f} mm apart: some are missing"
+    with pytest.raises(ValueError, match=words), unpacked(tmp_path / "series", ".nii.gz"):
+        pass
+
+
+def test_names_with_spaces_are_said_as_a_shell_takes_them():
+    with pytest.raises(ValueError, match="--accept 'Patient 01' plain$"):
+        Report(["..."], [], ["Patient 01", "plain"]).require_sound("Nothing", Path("imagesUn"))
 
 
 def test_what_is_no_folder_is_said(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.cli import main
-from nnunet_ssl.commands.start_from import last_epochs
+from nnunet_ssl.commands.start_from import last_epochs, require_same
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.training.preflight import only_training
 
@@ -145,10 +146,6 @@ def other_spacing(state):
     state["init_args"]["plans"]["configurations"]["3d_fullres"]["spacing"] = [9.0, 9.0, 9.0]
 
 
-def other_intensities(state):
-    state["init_args"]["plans"]["foreground_intensity_properties_per_channel"]["0"]["mean"] = -1000
-
-
 def other_weights(state):
     name = next(iter(state["network_weights"]))
     state["network_weights"][name] = state["network_weights"][name][:1]
@@ -163,7 +160,6 @@ REFUSED = {
     "labels": (other_labels, "was trained with another labels than that of Dataset701_Tiny"),
     "channels": (other_channels, "was trained with another channel_names than"),
     "spacing": (other_spacing, "was trained with another spacing than"),
-    "intensities": (other_intensities, "was trained with another foreground_intensity_properties_per_channel than"),
     "weights": (other_weights, f"the network is not that of {OURS} with nnUNetPlans, 3d_fullres"),
 }
 
@@ -178,6 +174,22 @@ def test_another_model_is_refused(name, results, capsys):
     assert main([*ARGUMENTS, "--model", "nnUNetTrainer"]) == 1
     assert message in capsys.readouterr().err
     assert not list((results / "Dataset701_Tiny").rglob(f"{OURS}*/fold_0/checkpoint*"))
+
+
+@pytest.mark.parametrize("scheme", ["CTNormalization", "ZScoreNormalization"])
+def test_other_statistics_count_where_they_normalize(scheme, tiny_dataset, tmp_path):
+    plans, dataset_json = (
+        json.loads((tiny_dataset / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset")
+    )
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = [scheme]
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset_json))
+    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(plans))
+    plans["foreground_intensity_properties_per_channel"]["0"]["mean"] = -1000
+    made = {"plans": plans, "dataset_json": dataset_json, "configuration": "3d_fullres"}
+    words = "was trained with another foreground_intensity_properties_per_channel than"
+    refusal = pytest.raises(ValueError, match=words) if scheme == "CTNormalization" else nullcontext()
+    with refusal:
+        require_same(Path("model.pth"), made, "3d_fullres", tmp_path, "nnUNetPlans")
 
 
 def test_a_model_of_other_cases_is_refused(results, tiny_dataset, capsys):

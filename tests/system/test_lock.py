@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,6 +131,17 @@ def test_a_clock_that_is_ahead_does_not_make_it_wait_longer(file, monkeypatch):
     os.utime(file, (time.time() + 3600, time.time() + 3600))
     with locked(file, "training"):
         pass
+
+
+@pytest.mark.parametrize("by", [-3600, 3600])
+def test_a_clock_of_this_computer_that_is_wrong_takes_no_lock_away(by, file, monkeypatch):
+    write(file, pid=1, host="elsewhere")
+    monkeypatch.setattr(lock, "time", SimpleNamespace(time=lambda: time.time() + by, monotonic=time.monotonic))
+    with pytest.raises(RuntimeError, match="Process 1 on elsewhere"):
+        refuse_if_held(file)
+    os.utime(file, (time.time() - 2 * lock.LOST,) * 2)
+    refuse_if_held(file)
+    assert list(file.parent.iterdir()) == []  # nothing of the question for the time is left either
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="there is no ps")

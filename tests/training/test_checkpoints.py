@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,3 +173,26 @@ def test_a_training_is_not_continued_with_labels_that_are_hidden_since(tiny_data
         for backup in splits.parent.glob("splits_final.json.bak*"):
             backup.unlink()
         splits.write_text(text)
+
+
+def test_a_checkpoint_is_never_half_an_hour_old(tiny_dataset, monkeypatch):
+    """A job that a cluster ends after some hours has to get beyond nnU-Net's 50 epochs."""
+    clock, saved = SimpleNamespace(monotonic=lambda: clock.now, now=0.0), []
+    monkeypatch.setattr("nnunet_ssl.trainer.time", clock)
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset, num_epochs=6)
+    assert trainer.save_every == 50
+    step, save = trainer.train_step, trainer.save_checkpoint
+
+    def slow_step(batch):
+        clock.now += 1000 / trainer.num_iterations_per_epoch
+        return step(batch)
+
+    def recorded(filename):
+        save(filename)
+        if "latest" in filename:
+            saved.append(load(filename)["current_epoch"])
+
+    trainer.train_step, trainer.save_checkpoint = slow_step, recorded
+    trainer.run_training()
+    assert saved == [2, 4]  # the next epoch of each; the last one has checkpoint_final
+    assert trainer.save_every == 50

@@ -9,7 +9,7 @@ from nnunetv2 import paths
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
-from nnunet_ssl.commands.evaluate import case_metrics, label_values, paired_files, read_pair
+from nnunet_ssl.commands.evaluate import case_metrics, label_masks, label_values, paired_files, read_pair
 from nnunet_ssl.commands.pictures import PREDICTION, REFERENCE
 from nnunet_ssl.commands.report.page import Card, Key, Table
 from nnunet_ssl.commands.report.scans import FEW, Reading, first_channels, labeled_images, millilitres, number, show
@@ -96,10 +96,8 @@ def measure_case(
     if isinstance(pair, str):
         return pair
     prediction, reference, spacing = pair
-    counts = np.full(reference.shape, True) if ignore_label is None else reference != ignore_label
     found = {}
-    for name, values in labels.items():
-        masks = [np.isin(voxels, values) & counts for voxels in (prediction, reference)]
+    for name, masks in label_masks(prediction, reference, labels, ignore_label):
         volumes = [float(mask.sum() * np.prod(spacing)) / 1000 for mask in masks]
         own = dict(zip(("predicted_ml", "reference_ml"), volumes, strict=True))
         found[name] = {**case_metrics(*masks, spacing), **own}
