@@ -1,4 +1,4 @@
-"""M3HL: mutual mask mix with high-low level feature consistency (2025).
+"""M3HL, mutual mask mix with high-low level feature consistency: Liu et al. 2025 (arXiv:2508.03752).
 
 Differs from the paper and its released code on purpose: masks are drawn per sample by count and really applied (the
 released LA script returns masks of ones), the teacher starts as a copy of the student (released: an independent random

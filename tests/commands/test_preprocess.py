@@ -651,7 +651,7 @@ def test_a_series_that_lacks_slices_is_refused(lost, tmp_path):
 
 
 def test_names_with_spaces_are_said_as_a_shell_takes_them():
-    with pytest.raises(ValueError, match="--accept 'Patient 01' plain$"):
+    with pytest.raises(ValueError, match=r"--accept 'Patient 01' plain$"):
         Report(["..."], [], ["Patient 01", "plain"]).require_sound("Nothing", Path("imagesUn"))
 
 
