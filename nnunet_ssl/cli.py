@@ -362,7 +362,10 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("-r", dest="reference", type=Path, required=True, help="folder of the references, as labelsTs")
     parser.add_argument("-p", dest="prediction", type=Path, required=True, help="folder of the predictions")
     parser.add_argument(
-        "-djfile", dest="dataset_json", type=Path, help="dataset.json (default: that of the predictions)"
+        "-djfile",
+        dest="dataset_json",
+        type=Path,
+        help="dataset.json (default: that of the predictions, or beside the references)",
     )
     text = "values of the labels, as 1 2 3, for folders without dataset.json"
     parser.add_argument("-l", dest="labels", type=int, nargs="+", default=(), help=text)
