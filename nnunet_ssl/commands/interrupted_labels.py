@@ -6,6 +6,7 @@ from pathlib import Path
 from nnunet_ssl.commands.labeling import SCRATCH
 from nnunet_ssl.data.scans import changed_at, unpacked
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.pool import run_all, worker_pool
 
 RECORD = "model.json"  # in the hidden folder of a run that is not finished
 
@@ -68,6 +69,13 @@ def convert_series(case: str, files: list[str], folder: Path, ending: str) -> li
     target = folder / f"{case}_0000{ending}"
     if not target.is_file() or changed_at(target) < changed_at(source):
         target.parent.mkdir(exist_ok=True)
-        with unpacked(source, ending) as path, replacing(target) as temporary:
+        with unpacked(source, ending, to_keep=True) as path, replacing(target) as temporary:
             shutil.copyfile(path, temporary)
     return [str(target)]
+
+
+def convert_all(scans: dict[str, list[str]], folder: Path, ending: str, num_processes: int) -> dict[str, list[str]]:
+    """`convert_series` for all scans, those that are DICOM series behind a progress bar."""
+    series = {case: (case, files, folder, ending) for case, files in scans.items() if Path(files[0]).is_dir()}
+    with worker_pool(min(num_processes, len(series))) as pool:
+        return scans | run_all(pool, convert_series, series, "Converting DICOM series", unit="scan")

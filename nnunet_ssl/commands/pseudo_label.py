@@ -12,7 +12,7 @@ from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_ssl.commands.interrupted_labels import RECORD, convert_series, finished_labels, start_or_resume
+from nnunet_ssl.commands.interrupted_labels import RECORD, convert_all, finished_labels, start_or_resume
 from nnunet_ssl.commands.labeling import DISAGREEMENT, SCRATCH, export, predict, refuse_unsound
 from nnunet_ssl.commands.predictors import load_predictors
 from nnunet_ssl.commands.ranking_files import require_usable, take_labels
@@ -116,7 +116,7 @@ def pseudo_label(
         if predictions is None:
             refuse_unsound(unlabeled, left, raw, plans, configuration, dataset_json, num_processes, accept)
         start_or_resume(unfinished, record, kept, len(scans), ending)
-        scans = {case: convert_series(case, files, unfinished / "imagesTr", ending) for case, files in scans.items()}
+        scans = convert_all(scans, unfinished / "imagesTr", ending, num_processes)
         remaining = {case: files for case, files in scans.items() if case in left}
         if predictions is not None:
             how = (predictions, made, unfinished, ignore_label, plans, dataset_json)

@@ -37,7 +37,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from torch import Tensor
 
 from nnunet_ssl.commands.evaluate import label_values
-from nnunet_ssl.commands.interrupted_labels import convert_series
+from nnunet_ssl.commands.interrupted_labels import convert_all
 from nnunet_ssl.commands.labeling import (
     SCRATCH,
     label_maps,
@@ -186,7 +186,7 @@ def predict_and_measure(
     mirroring: bool,
 ) -> None:
     """Predicts scans with all networks, behind a progress bar; each is written when it is done."""
-    scans = {case: convert_series(case, files, output / IMAGES, ending) for case, files in scans.items()}
+    scans = convert_all(scans, output / IMAGES, ending, num_processes)
     predictors, names = load_predictors([network for network, _, _ in found.values()], device, mirroring), list(found)
     with pooled_bottleneck(predictors[0]) as features:
         predict(scans, predictors, max(1, num_processes), measure_scan, lambda: (output, names, features()))

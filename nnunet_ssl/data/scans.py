@@ -125,11 +125,11 @@ def is_packed(file: Path) -> bool:
 
 
 @contextmanager
-def unpacked(file: Path, ending: str) -> Iterator[Path]:
+def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
     """A scan's file as readers take it; what is unpacked or converted for them is removed afterwards.
 
-    A folder of DICOM files becomes one image file with the ending, or without its .gz. A packed NIfTI file is unpacked:
-    SimpleITK alone takes three times as long as Python's gzip and SimpleITK together.
+    A folder of DICOM files becomes one image file with the ending, but for its .gz where it is not `to_keep`. A packed
+    NIfTI file is unpacked: SimpleITK alone takes three times as long as Python's gzip and SimpleITK together.
 
     Raises: ValueError where the folder does not hold exactly one DICOM series, or slices are missing in it; OSError
         without room to unpack.
@@ -154,7 +154,7 @@ def unpacked(file: Path, ending: str) -> Iterator[Path]:
     if len(series) != 1:
         raise ValueError(f"{len(series)} DICOM series in the folder, expected one")
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, f"{file.name}_0000{ending.removesuffix('.gz')}")
+        path = Path(scratch, f"{file.name}_0000{ending if to_keep else ending.removesuffix('.gz')}")
         sitk.WriteImage(read_series(file, series[0]), str(path))
         yield path
 

@@ -13,6 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.data.scans import is_packed
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 FILES = ["patient_A.nii.gz", "patient_B.nii.gz", "a.b_c.nii.gz", "numbered_0000.nii.gz"]
@@ -64,6 +65,7 @@ def test_pseudo_label_takes_them_too_and_stock_nnunet_reads_the_result(dataset, 
     )
     read = [sitk.GetArrayFromImage(image) for image in (sitk.ReadImage(series), sitk.ReadImage(str(converted)))]
     assert np.array_equal(*read)
+    assert is_packed(converted)  # as its name says
     (folder.parent / "Dataset985_Names/imagesUn/SCAN.NII.GZ").touch()
     assert main(["pseudo-label", *options.replace("986", "987").split()]) == 1
     assert "SCAN.NII.GZ: nnU-Net reads .nii.gz; rename it" in capsys.readouterr().err
