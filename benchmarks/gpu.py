@@ -155,12 +155,16 @@ def measured(args) -> dict:
     begin = time.perf_counter()
     batches = [next(trainer.dataloader_train) for _ in range(BLOCK)]
     loading = (time.perf_counter() - begin) / BLOCK
+    if cuda:  # as nnU-Net's workers
+        batches = [{name: pinned(value) for name, value in batch.items()} for batch in batches]
     if hasattr(trainer, "companions"):
         trainer.step = trainer.max_steps // 3  # all terms are there
     first = seconds(batches[:1])
     blocks = SIZES[args.device][-1]
     for _ in range(2):
         seconds(batches)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # of what cuDNN has tried and does not use
     steps = statistics.median(seconds(batches) for _ in range(blocks))
     memory, waits = 0, 0
     if cuda:
@@ -172,6 +176,13 @@ def measured(args) -> dict:
         torch.cuda.set_sync_debug_mode("default")
         waits = sum("synchroniz" in str(warning.message) for warning in said)
     return {"step": 1000 * steps, "first": first, "memory": memory, "waits": waits, "loading": 1000 * loading}
+
+
+def pinned(value):
+    """A tensor, or those of a list, in memory from which a GPU copies by itself; anything else as it is."""
+    if isinstance(value, list):
+        return [pinned(each) for each in value]
+    return value.pin_memory() if hasattr(value, "pin_memory") else value
 
 
 def make_dataset(side: int, patch: int, features: tuple[int, ...], batch_size: int, _) -> None:

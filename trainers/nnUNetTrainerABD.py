@@ -12,7 +12,7 @@ first student is deployed, as in BCP.
 
 import torch
 
-from nnunet_ssl.blocks.losses import full_resolution, kl_divergence, masked_loss, reweighted
+from nnunet_ssl.blocks.losses import full_resolution, kl_divergence, masked_loss, masked_losses, reweighted
 from nnunet_ssl.blocks.mixing import box_mask, cell_means, halves, mix, mix_halves, shuffle_cells
 from nnunet_ssl.blocks.networks import finest, frozen_copy, logits, trainable_copy, update_ema
 from nnunet_ssl.blocks.pseudo_labels import confidence, probabilities
@@ -70,8 +70,8 @@ class nnUNetTrainerABD(SemiSupervisedTrainer):
         first, second = (finest(output).detach() for output in outputs)
         terms = {}
         for number, output in enumerate(outputs, start=1):
-            terms[f"labeled_{number}"] = masked_loss(self.loss, output, target, mask)
-            terms[f"pseudo_{number}"] = self.pseudo_weight * masked_loss(self.loss, output, target, ~mask)
+            labeled, unlabeled = masked_losses(self.loss, output, target, (mask, ~mask))
+            terms |= {f"labeled_{number}": labeled, f"pseudo_{number}": self.pseudo_weight * unlabeled}
         yield terms | self.cross("cross", [finest(output) for output in outputs], self.cross_weight)
         del outputs, output, terms
         plain = torch.rand((len(mask), 1), device=mask.device) < self.surest

@@ -10,7 +10,7 @@ wait. The student is deployed, as in the released code.
 
 import torch
 
-from nnunet_ssl.blocks.losses import masked_loss
+from nnunet_ssl.blocks.losses import masked_loss, masked_losses
 from nnunet_ssl.blocks.mixing import box_mask, mix, mix_halves
 from nnunet_ssl.blocks.networks import frozen_copy, logits, update_ema
 from nnunet_ssl.blocks.pseudo_labels import keep_largest_component
@@ -56,11 +56,8 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer):
         mask = box_mask((size + 1) // 2, patch, side=self.box_side, device=device)
         mask = torch.cat([mask, ~mask])  # half b is labeled in the box, half a around it
         image, target = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
-        output = self.network(image)
-        yield {
-            "labeled": masked_loss(self.loss, output, target, mask),
-            "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask),
-        }
+        labeled, unlabeled = masked_losses(self.loss, self.network(image), target, (mask, ~mask))
+        yield {"labeled": labeled, "pseudo": self.pseudo_weight * unlabeled}
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))

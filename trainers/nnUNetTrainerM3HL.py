@@ -11,7 +11,7 @@ is deployed, as in the released code.
 
 import torch
 
-from nnunet_ssl.blocks.losses import feature_cosine, feature_l1, masked_loss, shrink
+from nnunet_ssl.blocks.losses import feature_cosine, feature_l1, masked_loss, masked_losses, shrink
 from nnunet_ssl.blocks.mixing import block_mask, halves, mix_halves
 from nnunet_ssl.blocks.networks import finest, forward_with_features, frozen_copy, require_stages, update_ema
 from nnunet_ssl.blocks.pseudo_labels import keep_largest_component
@@ -61,10 +61,8 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         mask = self.draw_masks(half, batch.image)
         image, target = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
         output, features = self.forward(self.network, image, self.feature_weight > 0)
-        terms = {
-            "labeled": masked_loss(self.loss, output, target, mask),
-            "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask),
-        }
+        labeled, unlabeled = masked_losses(self.loss, output, target, (mask, ~mask))
+        terms = {"labeled": labeled, "pseudo": self.pseudo_weight * unlabeled}
         if self.feature_weight:
             terms |= self.feature_terms(features, [halves(target) for target in target_features], ~mask, half)
         return terms

@@ -5,7 +5,8 @@ goes through them too), labeled scans have nnU-Net's Dice and cross entropy with
 alone), as the mean over the decoders, further decoders start as copies of the first one but for their upsampling, so
 that they are of use after a supervised training, and the ramp-up ends within the training. Relative to the labeled loss
 the weight lies between those released: half of the left atrium's, five times that of ACDC. The first decoder is
-deployed, as in the released code.
+deployed, as in the released code. The halves of a batch follow each other, for the sake of memory: each has its own
+mean over annotated voxels, and its own Dice where nnU-Net takes that of a batch.
 """
 
 from nnunet_ssl.blocks.losses import labeled_loss, probability_mse
@@ -30,6 +31,15 @@ class nnUNetTrainerMCNet(SemiSupervisedTrainer):
         return {name: further_decoder(self.network, nearest=name == "decoder_3") for name in names}
 
     def losses(self, batch):
+        # the graph of all decoders needs twice the memory of one network's
+        for part in self.half_batches(len(batch.image)):
+            samples = batch.part(part)
+            share = len(samples.image) / len(batch.image)
+            for terms in self.learn(samples):
+                yield {name: share * value for name, value in terms.items()}
+
+    def learn(self, batch):
+        """Terms on labeled patches, then on unlabeled ones."""
         outputs = self.outputs(batch.image)
         terms = {"consistency": self.mutual(outputs, 0.5)}
         for number, output in enumerate(outputs, start=1):

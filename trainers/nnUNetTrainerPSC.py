@@ -9,7 +9,7 @@ ramp-up.
 
 import torch
 
-from nnunet_ssl.blocks.losses import masked_loss, probability_mse
+from nnunet_ssl.blocks.losses import masked_losses, probability_mse
 from nnunet_ssl.blocks.mixing import random_order, shuffle_cells
 from nnunet_ssl.blocks.networks import frozen_copy, logits, update_ema
 from nnunet_ssl.blocks.schedules import warmup_decay
@@ -36,12 +36,8 @@ class nnUNetTrainerPSC(SemiSupervisedTrainer):
         labeled = torch.ones_like(batch.image[:, :1], dtype=torch.bool)
         pairs = (batch.image, batch.unlabeled), (batch.labels, pseudo), (labeled, ~labeled)
         for image, target, mask in zip(*self.shuffled(*pairs), strict=True):
-            output = self.network(image)
-            yield {
-                "labeled": masked_loss(self.loss, output, target, mask) / 2,
-                "pseudo": self.pseudo_weight * masked_loss(self.loss, output, target, ~mask) / 2,
-            }
-            del output
+            known, told = masked_losses(self.loss, self.network(image), target, (mask, ~mask))
+            yield {"labeled": known / 2, "pseudo": self.pseudo_weight * told / 2}
         half = (len(soft) + 1) // 2  # of an odd batch the middle sample is in two pairs
         pairs = [(x[:half], x[-half:]) for x in (batch.unlabeled, soft)]
         image, target = (torch.cat(both) for both in self.shuffled(*pairs))

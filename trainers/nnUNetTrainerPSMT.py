@@ -80,17 +80,26 @@ class nnUNetTrainerPSMT(SemiSupervisedTrainer):
         """T-VAT: the noise on the bottleneck after which the teachers' decoders say something else."""
         *others, bottleneck = (skip.detach().float() for skip in skips)
 
-        def said(x):
-            return self.mean(finest(teacher.decoder([*others, x])) for teacher in self.teachers())
+        def said(teacher, x):
+            return finest(teacher.decoder([*others, x]))
 
-        with torch.no_grad(), in_float32(bottleneck.device):
-            target = self.probabilities(said(bottleneck))
+        @torch.no_grad()
+        def mean(x):
+            return self.mean(said(teacher, x) for teacher in self.teachers())
+
+        with in_float32(bottleneck.device):
+            target = self.probabilities(mean(bottleneck))
+
+        def distance(x):
+            # by the chain rule for one teacher after the other: the graphs of both need half as much memory again
+            output = mean(x).requires_grad_()
+            divergence = kl_divergence(target, output, regions=self.label_manager.has_regions).sum()
+            (slope,) = torch.autograd.grad(divergence, output)
+            for teacher in self.teachers():
+                yield (said(teacher, x) * slope).sum() / 2
+
         size = bottleneck.square().mean([*range(1, bottleneck.ndim)], keepdim=True).sqrt()
-        regions = {"regions": self.label_manager.has_regions}
-        direction = adversarial_direction(
-            lambda x: kl_divergence(target, said(x), **regions).sum(), bottleneck, self.probe * size
-        )
-        return self.noise * size * direction
+        return self.noise * size * adversarial_direction(distance, bottleneck, self.probe * size)
 
     def after_step(self):
         # the turn follows from the step alone: a training that is continued goes on with the same

@@ -30,14 +30,23 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
     Raises:
         NotImplementedError: any other loss.
     """
-    if isinstance(loss, DeepSupervisionWrapper):
-        # a scale with weight 0 is never trained: keep it out, as nnU-Net does
-        scales = [(w, o) for w, o in zip(loss.weight_factors, output, strict=True) if w != 0]
-        return sum(
-            weight * _masked_dice_ce(loss.loss, logits, downsample(target, logits), downsample(mask, logits))
-            for weight, logits in scales
-        )
-    return _masked_dice_ce(loss, output, target, mask)
+    (value,) = masked_losses(loss, output, target, [mask])
+    return value
+
+
+def masked_losses(
+    loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor, masks: Sequence[Tensor]
+) -> list[Tensor]:
+    """`masked_loss` for each of several masks; the cross entropy of the voxels is computed, and kept, once for all."""
+    if not isinstance(loss, DeepSupervisionWrapper):
+        return _masked_dice_ce(loss, output, target, masks)
+    # a scale with weight 0 is never trained: keep it out, as nnU-Net does
+    scales = [(w, o) for w, o in zip(loss.weight_factors, output, strict=True) if w != 0]
+    found = []
+    for weight, logits in scales:
+        small = [downsample(mask, logits) for mask in masks]
+        found.append([weight * x for x in _masked_dice_ce(loss.loss, logits, downsample(target, logits), small)])
+    return [sum(values) for values in zip(*found, strict=True)]
 
 
 def labeled_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
@@ -62,21 +71,23 @@ def _can_be_masked(loss: nn.Module) -> bool:
     return all(weight is None for weight in weights) and not getattr(loss.ce, "label_smoothing", 0)
 
 
-def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
     if not _can_be_masked(loss):
         raise NotImplementedError(
             f"The masked loss is implemented for nnU-Net's DC_and_CE_loss and DC_and_BCE_loss without class weights "
             f"and label smoothing, not for {loss}."
         )
-    mask, regions = mask.bool(), type(loss) is DC_and_BCE_loss
+    masks, regions = [mask.bool() for mask in masks], type(loss) is DC_and_BCE_loss
     if regions and loss.use_ignore_label:
-        mask, target = mask & ~target[:, -1:].bool(), target[:, :-1]
+        masks, target = [mask & ~target[:, -1:].bool() for mask in masks], target[:, :-1]
     elif not regions and loss.ignore_label is not None:
         annotated = target != loss.ignore_label
-        mask, target = mask & annotated, torch.where(annotated, target, 0)
-    mask = mask.float()  # not half: the number of voxels is beyond its range
-    entropy = (_entropy(loss, logits, target) * mask).sum() / mask.sum().clamp_min(1)
-    return loss.weight_ce * entropy + loss.weight_dice * loss.dc(logits, target, loss_mask=mask)
+        masks, target = [mask & annotated for mask in masks], torch.where(annotated, target, 0)
+    voxels, values = _entropy(loss, logits, target), []
+    for mask in (mask.float() for mask in masks):  # not half: the number of voxels is beyond its range
+        entropy = (voxels * mask).sum() / mask.sum().clamp_min(1)
+        values.append(loss.weight_ce * entropy + loss.weight_dice * loss.dc(logits, target, loss_mask=mask))
+    return values
 
 
 def _entropy(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:

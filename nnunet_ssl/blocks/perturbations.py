@@ -1,6 +1,6 @@
 """Small changes of an image or of features, random or adversarial: without them consistency has nothing to teach."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ def add_noise(x: Tensor, deviation: float) -> Tensor:
     return x + torch.randn_like(x).clamp_(-2, 2) * deviation
 
 
-def adversarial_direction(distance: Callable[[Tensor], Tensor], x: Tensor, probe: float | Tensor) -> Tensor:
+def adversarial_direction(
+    distance: Callable[[Tensor], Tensor | Iterable[Tensor]], x: Tensor, probe: float | Tensor
+) -> Tensor:
     """The direction in which x has to move so that a prediction changes most, by one power iteration (VAT).
 
     Computed in float32 without autocast, also where the caller has one or has no gradients; gradients of weights stay
@@ -31,7 +33,8 @@ def adversarial_direction(distance: Callable[[Tensor], Tensor], x: Tensor, probe
     Args:
         distance: of the prediction for a changed x to that for x itself, a scalar: the sum over the samples, which must
             not depend on each other. Both in float32 (see `in_float32`): a difference as small as this one is lost in
-            the rounding of half precision.
+            the rounding of half precision. Or scalars that have its gradient together: the graph of each is freed
+            before the next one is asked for.
         x: (B, ...); without gradient.
         probe: the length of the random change on which the gradient is taken, as a root mean square in the unit of x:
             a number, or one per sample that broadcasts to x. At least a hundredth of x's own, because convolutions may
@@ -43,7 +46,9 @@ def adversarial_direction(distance: Callable[[Tensor], Tensor], x: Tensor, probe
     x = x.detach().float()
     with torch.enable_grad(), in_float32(x.device):
         probed = (x + probe * _unit(torch.rand_like(x) - 0.5)).requires_grad_()
-        (gradient,) = torch.autograd.grad(distance(probed), probed)
+        found = distance(probed)
+        parts = [found] if isinstance(found, Tensor) else found
+        gradient = sum(torch.autograd.grad(part, probed)[0] for part in parts)
     return _unit(gradient)
 
 

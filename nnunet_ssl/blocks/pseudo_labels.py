@@ -4,7 +4,6 @@ from math import log
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from acvl_utils.morphology.morphology_helper import remove_all_but_largest_component
 from torch import Tensor
 
@@ -50,8 +49,9 @@ def as_probabilities(
     known = annotated(labels, channels, regions=regions, ignore_label=ignore_label)
     if regions:
         return labels[:, :channels].float(), known
-    classes = torch.where(known, labels, 0)[:, 0].long()
-    return F.one_hot(classes, channels).movedim(-1, 1).float(), known
+    classes = torch.where(known, labels, 0).long()
+    found = torch.zeros((len(labels), channels, *labels.shape[2:]), device=labels.device)
+    return found.scatter_(1, classes, 1), known  # one_hot would make integers of 8 bytes first
 
 
 def annotated(labels: Tensor, channels: int, *, regions: bool = False, ignore_label: int | None = None) -> Tensor:
