@@ -52,7 +52,7 @@ PASSES = {
     "nnUNetTrainerSASSNet": (2, 2),  # and those of its discriminator
     # a backward pass that finds a direction is half of one: it has no gradients of weights
     "nnUNetTrainerSSNet": (8, 5),
-    "nnUNetTrainerPSMT": (8, 3),  # two decoders are one pass
+    "nnUNetTrainerPSMT": (10, 3),  # two decoders are one pass
     "nnUNetTrainerABD": (7, 6),  # after its first phase, which has one of each
 }
 

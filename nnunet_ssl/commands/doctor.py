@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ from nnunet_ssl.autoregister import trainers_folder
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.system.wording import counted
 
+SHARED_MEMORY = Path("/dev/shm")  # of Linux
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 REINSTALL_TORCH = "install the two together: pip install --upgrade --force-reinstall torch torchvision"
 # In the order in which they import each other, so that the first failure is the cause of those below it.
@@ -72,7 +74,7 @@ def _check_everything(
     """All checks that can be made, for the arguments of `doctor`."""
     libraries = list(_check_libraries())
     checks = [Check("python", True, f"{platform.python_version()} on {platform.platform()}"), *libraries]
-    checks += [*_check_folders(), *_check_workers()]
+    checks += [*_check_folders(), *_check_workers(), *_check_shared_memory()]
     if all(check.ok for check in libraries):
         checks.append(_check_device())
         checks += _check_trainers()
@@ -166,6 +168,15 @@ def _check_workers() -> Iterator[Check]:
         yield Check(name, True, text)
     else:
         yield Check(name, True, value)
+
+
+def _check_shared_memory() -> Iterator[Check]:
+    """Whether the workers' patches have room, which a container's default has not; nothing where there is no limit."""
+    if SHARED_MEMORY.is_dir():
+        size = shutil.disk_usage(SHARED_MEMORY).total
+        text = f"{size / 2**20:.0f} MiB, for the patches of the worker processes"
+        fix = "start the container with --ipc=host or --shm-size=2g, or train with nnUNet_n_proc_DA=0"
+        yield Check(str(SHARED_MEMORY), size >= 2**30, text, fix)
 
 
 def _check_trainers() -> Iterator[Check]:

@@ -1,6 +1,8 @@
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -37,8 +39,8 @@ def dataset(monkeypatch, tmp_path):
         (tmp_path / name / "Dataset901_Doctor").mkdir(parents=True)
     folder = tmp_path / "nnUNet_preprocessed" / "Dataset901_Doctor"
     configurations = {
-        "3d_fullres": {"data_identifier": "plans_3d", "architecture": {}},
-        "2d": {"data_identifier": "plans_2d", "architecture": {}},
+        name: {"data_identifier": identifier, "architecture": {}, "normalization_schemes": ["ZScoreNormalization"] * 2}
+        for name, identifier in (("3d_fullres", "plans_3d"), ("2d", "plans_2d"))
     }
     plans = {
         "configurations": configurations,
@@ -291,6 +293,16 @@ def test_a_number_of_workers_that_planning_does_not_take_is_said(value, code, te
     monkeypatch.delenv("nnUNet_n_proc_DA")
     assert doctor() == 0
     assert "nnUNet_n_proc_DA" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mebibytes", "code"), [(64, 1), (2048, 0)])
+def test_shared_memory_that_is_too_small_for_workers_is_said(mebibytes, code, capsys, dataset, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=mebibytes * 2**20))
+    monkeypatch.setattr("nnunet_ssl.commands.doctor.SHARED_MEMORY", Path("/"))
+    assert doctor() == code
+    out = capsys.readouterr().out
+    assert f"{mebibytes} MiB" in out
+    assert ("--shm-size=2g" in out) == bool(code)
 
 
 def test_folders_with_spaces_are_quoted_in_commands(capsys, dataset, tmp_path, monkeypatch):

@@ -31,7 +31,8 @@ def started(trainer_class, dataset, scaled):
     trainer = make_trainer(trainer_class, dataset, num_iterations_per_epoch=1000, **EVERY_STREAM)
     trainer.on_train_start()
     trainer.network.train()
-    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12) if scaled else None
+    # per voxel of these patches as much as nnU-Net's first scale, 2^16, per voxel of two patches of 128^3
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7) if scaled else None
     return trainer
 
 
