@@ -452,11 +452,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ---- checkpoints ----
 
     def save_checkpoint(self, filename: str) -> None:
+        if filename.endswith("latest.pth"):
+            self._saved_at = time.monotonic()
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        if filename.endswith("latest.pth"):
-            self._saved_at = time.monotonic()
         networks = {"student": unwrap(self.network), **{k: unwrap(c) for k, c in vars(self.companions).items()}}
         stock, deployed = super().save_checkpoint, unwrap(self._deployed())
         progress = {"step": self.step, "supervised_epochs": self.supervised_epochs}

@@ -386,12 +386,24 @@ def test_a_scan_that_became_a_test_scan_is_no_unlabeled_one(where, tiny_dataset,
         images.mkdir(parents=True)
         (images / "unlabeled_000_0000.nii.gz").touch()
         monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    with pytest.raises(ValueError, match="unlabeled cases of fold 0 are test cases too: unlabeled_000"):
+    words = "are in .*imagesTs now: unlabeled_000" if where == "imagesTs" else "test cases too: unlabeled_000"
+    with pytest.raises(ValueError, match=words):
         make_trainer(nnUNetTrainerM3HL, copy).on_train_start()
     own = copy / "nnUNetPlans_3d_fullres_unlabeled"
     settings = json.loads(own.with_suffix(".json").read_text())
     own.with_suffix(".json").write_text(json.dumps(settings | {"transductive": ["unlabeled_000"]}))
     make_trainer(nnUNetTrainerM3HL, copy).on_train_start()  # somebody wanted it so
+
+
+def test_a_labeled_case_may_have_the_name_of_a_test_scan(tiny_dataset, tmp_path, monkeypatch):
+    images = tmp_path / "Dataset701_Tiny" / "imagesTs"
+    images.mkdir(parents=True)
+    hidden = json.loads((tiny_dataset / "splits_final.json").read_text())[0]["unlabeled"]
+    for case in hidden:
+        (images / f"{case}_0000.nii.gz").touch()  # as nnU-Net allows; its label is hidden here for a benchmark
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert hidden
+    assert set(hidden) <= set(started(TwoGraphs, tiny_dataset)._unlabeled.files)
 
 
 def test_a_fold_that_does_not_exist_is_refused_instead_of_drawn_at_random(tiny_dataset):

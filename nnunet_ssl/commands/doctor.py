@@ -171,12 +171,12 @@ def _check_workers() -> Iterator[Check]:
 
 
 def _check_shared_memory() -> Iterator[Check]:
-    """Whether the workers' patches have room, which a container's default has not; nothing where there is no limit."""
-    if SHARED_MEMORY.is_dir():
+    """Whether the workers' patches have room, which a container's default has not; nothing where there are none."""
+    if SHARED_MEMORY.is_dir() and os.environ.get("nnUNet_n_proc_DA", "").strip() != "0":
         size = shutil.disk_usage(SHARED_MEMORY).total
         text = f"{size / 2**20:.0f} MiB, for the patches of the worker processes"
         fix = "start the container with --ipc=host or --shm-size=2g, or train with nnUNet_n_proc_DA=0"
-        yield Check(str(SHARED_MEMORY), size >= 2**30, text, fix)
+        yield Check(str(SHARED_MEMORY), size >= 2**29, text, fix)
 
 
 def _check_trainers() -> Iterator[Check]:

@@ -160,7 +160,10 @@ def label_masks(
         labels: name to values.
         ignore_label: voxels where the reference has it belong to no mask.
     """
-    boxes = [[*ndimage.find_objects(image.astype(np.int32))] for image in (prediction, reference)]
+    top = max((value for values in labels.values() for value in values), default=0)
+    # what is no label may be any number
+    known = (np.where((image > 0) & (image <= top), image, 0).astype(np.int32) for image in (prediction, reference))
+    boxes = [ndimage.find_objects(image) for image in known]
     for name, values in labels.items():
         own = [found[v - 1] for found in boxes for v in values if 0 < v <= len(found) and found[v - 1] is not None]
         if 0 in values:  # the background has no box

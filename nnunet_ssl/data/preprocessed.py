@@ -74,9 +74,20 @@ def preprocessing_settings(plans: PlansManager, configuration: ConfigurationMana
     }
 
 
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of `preprocessing_settings` those that an image depends on."""
+    unused = set() if uses_statistics(settings) else {"intensity_properties"}
+    return {key: value for key, value in settings.items() if key not in unused}
+
+
 def uses_statistics(configuration: dict[str, Any]) -> bool:
     """Whether the plans' intensity statistics, which every new labeled scan changes, decide how an image looks."""
     return not set(configuration["normalization_schemes"]) <= WITHOUT_STATISTICS
+
+
+def settings_text(plans: PlansManager, configuration: ConfigurationManager) -> str:
+    """What is the same where images are; text, because statistics can be NaN, which differs from itself."""
+    return json.dumps(deciding(preprocessing_settings(plans, configuration)))
 
 
 def settings_file(target: Path) -> Path:
@@ -98,11 +109,8 @@ def check_settings(target: Path, settings: dict[str, Any]) -> None:
             f"{target} holds cases, but {file.name}, which tells how they were preprocessed, is gone. {fix}"
         )
     stored = read_settings(file)
-    # Compared as text: statistics can be NaN, which differs from itself.
-    unused = set() if uses_statistics(settings) else {"intensity_properties"}
-    changed = [
-        key for key, value in settings.items() if key not in unused and json.dumps(stored.get(key)) != json.dumps(value)
-    ]
+    # compared as text: statistics can be NaN, which differs from itself
+    changed = [key for key, value in deciding(settings).items() if json.dumps(stored.get(key)) != json.dumps(value)]
     if changed:
         raise ValueError(
             f"The cases in {target} were preprocessed with other plans: {', '.join(changed)} changed. {fix}"
@@ -240,11 +248,11 @@ def predicted_foreground(
                 f"{', '.join(hidden[:5])}. {advice}"
             )
     others = load_plans(folder, model["plans"], [model["configuration"]])
-    identifier, settings = configuration.data_identifier, json.dumps(preprocessing_settings(plans, configuration))
+    identifier, settings = configuration.data_identifier, settings_text(plans, configuration)
     alike = [
         key
         for key, other in ((key, others.get_configuration(key)) for key in others.available_configurations)
-        if other.data_identifier == identifier and json.dumps(preprocessing_settings(others, other)) == settings
+        if other.data_identifier == identifier and settings_text(others, other) == settings
     ]
     if not alike:
         raise ValueError(f"{problem}: {name} was preprocessed with other plans. {advice}")

@@ -15,9 +15,9 @@ import SimpleITK as sitk
 from nnunet_ssl.data.dataset_json import channel_names
 from nnunet_ssl.data.preprocessed import finished_cases
 from nnunet_ssl.data.splits import read_splits
+from nnunet_ssl.system.disk import FullDisk
 
 POSITION = "0020|0032"  # of a DICOM slice: its first voxel, in mm
-UNEVEN = 0.1  # part of the distance of two slices by which others may differ; headers are rounded
 
 
 def find_scans(folder: Path, ending: str, single_channel: bool = False) -> tuple[dict[str, list[Path]], list[str]]:
@@ -147,7 +147,7 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
                     if error.errno is None:  # a damaged file
                         raise
                     text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
-                    raise OSError(f"{text}. Set TMPDIR to a folder with room.") from error
+                    raise FullDisk(f"{text}. Set TMPDIR to a folder with room.") from error
             yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
@@ -162,19 +162,27 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
 def read_series(folder: Path, series: str) -> sitk.Image:
     """A DICOM series as one image.
 
-    Raises: ValueError where its slices are not evenly spaced: SimpleITK would give all of them the mean distance.
+    Raises: ValueError where slices are missing, or at one place: SimpleITK would give all of them the mean distance.
     """
     reader = sitk.ImageSeriesReader()
     reader.MetaDataDictionaryArrayUpdateOn()
     reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
     image = reader.Execute()
     numbers = range(len(reader.GetFileNames()))
-    if len(numbers) > 2 and all(reader.HasMetaDataKey(i, POSITION) for i in numbers):
-        positions = [[float(x) for x in reader.GetMetaData(i, POSITION).split("\\")] for i in numbers]
+    positions = [numbers_in(reader.GetMetaData(i, POSITION)) for i in numbers if reader.HasMetaDataKey(i, POSITION)]
+    if len(positions) == len(numbers) > 2 and all(len(position) == 3 for position in positions):
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-        if np.ptp(gaps) > UNEVEN * np.median(gaps):
+        if gaps.max() > 1.5 * np.median(gaps) or gaps.min() <= 0.5 * np.median(gaps):  # headers may be rounded
             raise ValueError(
                 f"its slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart: some are missing, twice there or of "
                 f"another series"
             )
     return image
+
+
+def numbers_in(value: str) -> list[float]:
+    """The numbers of a DICOM element; none where it is empty, or not of numbers."""
+    try:
+        return [float(part) for part in value.split("\\")]
+    except ValueError:
+        return []

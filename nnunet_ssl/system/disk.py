@@ -9,6 +9,10 @@ from pathlib import Path
 BLOCK = bytes(2**20)
 
 
+class FullDisk(OSError):
+    """A folder has no room; no other case need be tried."""
+
+
 @contextmanager
 def say_full_disk(folder: Path, needed: Callable[[], int]) -> Iterator[None]:
     """Whatever fails in the block because `folder` has no room fails with a sentence that says so.
@@ -20,7 +24,7 @@ def say_full_disk(folder: Path, needed: Callable[[], int]) -> Iterator[None]:
         needed: gives the bytes that it writes at most; is called when it has failed.
 
     Raises:
-        OSError: the block has failed, and the bytes cannot be written.
+        FullDisk: the block has failed, and the bytes cannot be written.
     """
     try:
         yield
@@ -30,7 +34,7 @@ def say_full_disk(folder: Path, needed: Callable[[], int]) -> Iterator[None]:
         if reason is None:
             raise
         free = shutil.disk_usage(folder).free
-        raise OSError(
+        raise FullDisk(
             f"{folder} has no room ({reason}): {in_units(free)} are free on its disk, up to {in_units(size)} are "
             f"needed for this case alone. Make room, or raise your quota, and run the same command again: finished "
             f"cases are kept."

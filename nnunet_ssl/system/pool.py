@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nnunet_ssl.system.disk import FullDisk
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SHOWN = 10  # failures whose reasons are said
 
@@ -49,7 +51,7 @@ def run_all(
 
     Raises: RuntimeError that names the jobs whose calls failed, when all are done, or says that a worker died.
     """
-    results, failed = {}, {}
+    results, reasons, first = {}, [], None  # texts: the tracebacks of errors keep the images of their cases
     with tqdm(total=len(jobs), desc=description, unit=unit, disable=not jobs) as bar:
         for name, result in calls(pool, function, jobs):
             try:
@@ -60,15 +62,15 @@ def run_all(
                     "again with fewer processes (-np 1 needs the least): complete cases are kept."
                 ) from error
             except Exception as error:
-                failed[name] = error
-                if getattr(error, "errno", None) in FULL:
+                reasons.append(f"{name}: {type(error).__name__}: {error}")
+                first = first or error.with_traceback(None)
+                if isinstance(error, FullDisk) or getattr(error, "errno", None) in FULL:
                     break
             bar.update()
-    if failed:
-        reasons = [f"{name}: {type(error).__name__}: {error}" for name, error in failed.items()]
+    if reasons:
         more = f"\n  and {len(reasons) - SHOWN} more" * (len(reasons) > SHOWN)
         text = f"{description} failed at " + "\n  ".join(reasons[:SHOWN]) + more
-        raise RuntimeError(text) from next(iter(failed.values()))
+        raise RuntimeError(text) from first
     return results
 
 

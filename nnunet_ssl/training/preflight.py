@@ -146,14 +146,22 @@ def unlabeled_dataset(
     own = unlabeled_folder(base, manager.data_identifier)
     check_settings(own, preprocessing_settings(plans, manager))
     files = find_unlabeled(base, manager.data_identifier, lists["unlabeled"])
-    tests = {*lists["test"], *scans_for_testing(plans.dataset_name, dataset_json)} - transductive_cases(own)
-    for kind, cases in {**known, "test": tests}.items():
+    chosen = transductive_cases(own)
+    for kind, cases in {**known, "test": set(lists["test"]) - chosen}.items():
         shared = sorted(set(files) & set(cases))
         if shared:
             raise ValueError(
                 f"{splits}: unlabeled cases of fold {fold} are {kind} cases too: {', '.join(shared[:5])}. Correct it, "
                 f"or remove their files from {own}."
             )
+    never_labeled = {case for case, file in files.items() if file.parent == own}
+    tests = sorted(never_labeled & scans_for_testing(plans.dataset_name, dataset_json) - chosen)
+    if tests:
+        raise ValueError(
+            f"Unlabeled cases of {own} are in {raw_folder(plans.dataset_name, 'imagesTs')} now: "
+            f"{', '.join(tests[:5])}. Remove their files from {own}, or, where test scans are meant to be trained on, "
+            f"run nnunet-ssl preprocess with -i imagesTs."
+        )
     if not files:
         dataset, number = plans.dataset_name, plans.dataset_name[7:10]
         file = f"CASE_0000{dataset_json['file_ending']}"

@@ -57,6 +57,7 @@ def dataset(monkeypatch, tmp_path):
     )
     touch(folder / "plans_3d", *case_files("case_0"), *case_files("case_1"), *case_files("case_2"))
     monkeypatch.setattr(doctor_module, "_check_trainers", lambda: [])  # slow, and tested by itself
+    monkeypatch.setattr(doctor_module, "SHARED_MEMORY", tmp_path / "nowhere")  # a container has little
     return folder
 
 
@@ -298,7 +299,10 @@ def test_a_number_of_workers_that_planning_does_not_take_is_said(value, code, te
 @pytest.mark.parametrize(("mebibytes", "code"), [(64, 1), (2048, 0)])
 def test_shared_memory_that_is_too_small_for_workers_is_said(mebibytes, code, capsys, dataset, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=mebibytes * 2**20))
-    monkeypatch.setattr("nnunet_ssl.commands.doctor.SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr(doctor_module, "SHARED_MEMORY", Path("/"))
+    assert doctor() == 0  # without workers
+    assert "MiB" not in capsys.readouterr().out
+    monkeypatch.delenv("nnUNet_n_proc_DA")
     assert doctor() == code
     out = capsys.readouterr().out
     assert f"{mebibytes} MiB" in out

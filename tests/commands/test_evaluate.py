@@ -159,6 +159,7 @@ def test_masks_in_their_boxes_have_the_metrics_of_whole_masks(shape):
     for ignore_label in (None, 5):
         maps = np.where(rng.random((2, *shape)) > 0.8, rng.choice([1, 4, 5], (2, *shape)), 0)
         maps[:, -2:] = 0  # the boxes are smaller than the images
+        maps[0, -1], maps[1, -1] = 10**9, -7  # no labels
         found = dict(label_masks(*maps, labels, ignore_label))
         counts = maps[1] != ignore_label
         for name, values in labels.items():

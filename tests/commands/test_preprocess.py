@@ -1,8 +1,8 @@
 """Unlabeled scans become what nnU-Net's own preprocessing makes of a scan, or are refused with the reasons."""
 
-import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -31,6 +31,7 @@ from nnunet_ssl.data.plausibility import Expected
 from nnunet_ssl.data.preprocessed import FILES, check_settings, unlabeled_folder, write_settings
 from nnunet_ssl.data.scan_checks import Report, check_scan, geometry
 from nnunet_ssl.data.scans import find_scans, unpacked
+from nnunet_ssl.system.disk import FullDisk, say_full_disk
 from nnunet_ssl.system.pool import run_all, worker_pool
 
 DATASET = 941
@@ -574,17 +575,20 @@ def test_the_others_are_done_before_it_is_said(processes, tmp_path):
     assert (tmp_path / "d").is_dir()
 
 
-def test_a_full_disk_ends_it_at_once():
+def test_a_full_disk_ends_it_at_once(tmp_path, monkeypatch):
     done = []
 
     def work(number):
         done.append(number)
         if number == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            with say_full_disk(tmp_path, lambda: 1):
+                raise RuntimeError("Error while writing")  # of blosc2
 
-    with pytest.raises(RuntimeError, match="Working failed at 1: OSError"):
+    monkeypatch.setattr("nnunet_ssl.system.disk.why_not_written", lambda *_: "No space left on device")
+    with pytest.raises(RuntimeError, match=r"Working failed at 1: FullDisk: .* has no room"):
         run_all(None, work, {str(number): (number,) for number in range(4)}, "Working")
     assert done == [0, 1]
+    assert isinstance(pickle.loads(pickle.dumps(FullDisk("a"))), FullDisk)  # from a worker
 
 
 # ---- one channel: plain names, DICOM series, test scans, parts ----
@@ -648,6 +652,29 @@ def test_a_series_that_lacks_slices_is_refused(lost, tmp_path):
     words = f"its slices are 2.50 to {2.5 * (1 + lost):.2f} mm apart: some are missing"
     with pytest.raises(ValueError, match=words), unpacked(tmp_path / "series", ".nii.gz"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("spacing", "position", "refused"),
+    [
+        (0.625, lambda x, y, z: f"{x:.1f}\\{y:.1f}\\{z:.1f}", False),  # a header with one decimal
+        (2.5, lambda x, y, z: "", False),  # an empty one: nobody knows
+        (2.5, lambda x, y, z: f"{x}\\{y}\\0", True),  # a heart in its phases
+    ],
+)
+def test_headers_that_are_rounded_or_empty_are_let_through(spacing, position, refused, tmp_path, monkeypatch):
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 500, (12, 8, 8)).astype(np.int16))
+    image.SetSpacing((1.0, 1.0, spacing))
+    tiny.write_dicom(image, tmp_path / "series")
+    get = sitk.ImageSeriesReader.GetMetaData
+
+    def changed(reader, index, key):
+        return position(*map(float, get(reader, index, key).split("\\")))
+
+    monkeypatch.setattr(sitk.ImageSeriesReader, "GetMetaData", changed)
+    refusal = pytest.raises(ValueError, match=r"its slices are 0\.00 to 0\.00 mm apart") if refused else nullcontext()
+    with refusal, unpacked(tmp_path / "series", ".nii.gz") as file:
+        assert sitk.ReadImage(str(file)).GetSize() == (8, 8, 12)
 
 
 def test_names_with_spaces_are_said_as_a_shell_takes_them():
