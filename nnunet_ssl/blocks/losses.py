@@ -84,9 +84,10 @@ def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequ
         annotated = target != loss.ignore_label
         masks, target = [mask & annotated for mask in masks], torch.where(annotated, target, 0)
     voxels, values = _entropy(loss, logits, target), []
-    for mask in (mask.float() for mask in masks):  # not half: the number of voxels is beyond its range
-        entropy = (voxels * mask).sum() / mask.sum().clamp_min(1)
-        values.append(loss.weight_ce * entropy + loss.weight_dice * loss.dc(logits, target, loss_mask=mask))
+    for mask in masks:
+        counts = mask.float()  # not half: the number of voxels is beyond its range
+        entropy = (voxels * counts).sum() / counts.sum().clamp_min(1)
+        values.append(loss.weight_ce * entropy + loss.weight_dice * loss.dc(logits, target, loss_mask=counts))
     return values
 
 

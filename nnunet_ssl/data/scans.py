@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from nnunet_ssl.data.dataset_json import channel_names
 from nnunet_ssl.data.preprocessed import finished_cases
 from nnunet_ssl.data.splits import read_splits
-from nnunet_ssl.system.disk import FullDisk
+from nnunet_ssl.system.disk import FullDisk, is_full
 
 POSITION = "0020|0032"  # of a DICOM slice: its first voxel, in mm
 
@@ -144,7 +144,7 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
                 try:
                     shutil.copyfileobj(source, unpacked, 2**20)
                 except OSError as error:
-                    if error.errno is None:  # a damaged file
+                    if not is_full(error):  # a damaged file, or a drive that fails
                         raise
                     text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
                     raise FullDisk(f"{text}. Set TMPDIR to a folder with room.") from error

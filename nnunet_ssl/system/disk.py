@@ -1,5 +1,6 @@
 """A disk that is full: blosc2 and others say that something went wrong, but not what."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,12 @@ BLOCK = bytes(2**20)
 
 
 class FullDisk(OSError):
-    """A folder has no room; no other case need be tried."""
+    """A folder has no room, in words."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk, a quota or the size of a file is at its limit: no other case need be tried."""
+    return isinstance(error, FullDisk) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

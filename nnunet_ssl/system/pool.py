@@ -1,6 +1,5 @@
 """Worker processes that end with their parent, and jobs behind a progress bar."""
 
-import errno
 import multiprocessing
 import os
 import threading
@@ -12,9 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunet_ssl.system.disk import FullDisk
+from nnunet_ssl.system.disk import is_full
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 SHOWN = 10  # failures whose reasons are said
 
 
@@ -64,7 +62,7 @@ def run_all(
             except Exception as error:
                 reasons.append(f"{name}: {type(error).__name__}: {error}")
                 first = first or error.with_traceback(None)
-                if isinstance(error, FullDisk) or getattr(error, "errno", None) in FULL:
+                if is_full(error):
                     break
             bar.update()
     if reasons:

@@ -66,6 +66,23 @@ def test_without_a_gradient_it_is_zero():
     assert found[1].square().mean().sqrt() == pytest.approx(1)
 
 
+def test_parts_have_the_direction_of_their_sum_and_one_graph_at_a_time():
+    x, vectors = torch.randn(2, 1, 4, 4), torch.randn(2, 2, 1, 4, 4)
+    first, second = (rank_one(own, x) for own in vectors)
+
+    def parts(changed):
+        part = first(changed)
+        yield part
+        with pytest.raises(RuntimeError, match="second time"):  # its graph is gone
+            torch.autograd.grad(part, changed)
+        yield second(changed)
+
+    seed()
+    found = adversarial_direction(parts, x, 0.01)
+    seed()
+    torch.testing.assert_close(found, adversarial_direction(lambda changed: first(changed) + second(changed), x, 0.01))
+
+
 def test_half_precision_without_gradients_changes_nothing_and_no_weight_gets_a_gradient():
     seed()
     network, x = torch.nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 8)
