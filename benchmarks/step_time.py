@@ -6,7 +6,8 @@
 Time: both trainers live in one process and take turns, block by block, on batches that are in memory already; the
 ratio of every pair of blocks is taken, so that a machine whose speed drifts does not disturb it. Memory: each trainer
 in a process of its own, peak resident size on the CPU and peak allocated memory on a GPU, minus what the process had
-with all libraries imported: weights, teacher, gradients, momentum, batches and graphs.
+with all libraries imported: weights, teacher, gradients, momentum, batches and graphs. Multiplications: of convolutions
+and matrix products in one step; they have what a count of passes leaves out (further decoders, a discriminator).
 
 With --supervised, the supervised phase of our trainers: it is stock nnU-Net's step, and loading counts as well.
 """
@@ -26,6 +27,8 @@ os.environ.setdefault("nnUNet_compile", "0")
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from nnunet_ssl.system.files import replacing
 
@@ -57,6 +60,18 @@ PASSES = {
 }
 
 
+class Multiplications(TorchDispatchMode):
+    """Counts what torch's FlopCounterMode counts, which stops where a step calls autograd.grad itself."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def find_trainer(name: str, args):
     device = torch.device(args.device)
     trainer = get_trainer_from_args(args.dataset, args.configuration, args.fold, name, device=device)
@@ -84,6 +99,13 @@ def seconds(trainer, batches) -> float:
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / BLOCK
+
+
+def multiplications(trainer, batch) -> int:
+    """Of all convolutions and matrix products in one training step."""
+    with Multiplications() as counted:
+        trainer.train_step(batch)
+    return counted.total
 
 
 def peak_memory(name: str, args, queue) -> None:
@@ -147,13 +169,14 @@ def main() -> None:
     stock, stock_batches = prepared("nnUNetTrainer", args)
     stock_memory = memory("nnUNetTrainer", args)
     lines = [
-        "| trainer | forward + backward passes | by their count | step / stock: median (min to max) | above "
-        "| stock step | peak memory / stock |",
-        "|---|---|---|---|---|---|---|",
+        "| trainer | forward + backward passes | by their count | multiplications / stock "
+        "| step / stock: median (min to max) | above the count | stock step | peak memory / stock |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in args.trainers:
         trainer, batches = prepared(name, args)
         seconds(stock, stock_batches), seconds(trainer, batches)  # warm-up
+        work = multiplications(trainer, batches[0]) / multiplications(stock, stock_batches[0])
         pairs = [(seconds(trainer, batches), seconds(stock, stock_batches)) for _ in range(args.repeats)]
         ratios = sorted(ours / theirs for ours, theirs in pairs)
         stock_seconds = statistics.median(theirs for _, theirs in pairs)
@@ -165,8 +188,9 @@ def main() -> None:
             f"{args.configuration}, {args.device}", {f"{kind}step, {name}": ratio, f"{kind}memory, {name}": peak}
         )
         lines.append(
-            f"| {name} | {forward} + {backward} | {count:.2f} | {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
-            f"| {100 * (ratio / count - 1):+.0f} % | {1000 * stock_seconds:.0f} ms "
+            f"| {name} | {forward} + {backward} | {count:.2f} | {work:.2f} "
+            f"| {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {100 * (ratio / count - 1):+.0f} % "
+            f"| {1000 * stock_seconds:.0f} ms "
             f"| {peak:.2f} ({stock_memory:.0f} MiB) |"
         )
         print(lines[-1], flush=True)
