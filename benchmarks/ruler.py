@@ -149,8 +149,8 @@ def against(method: Scores, other: Scores) -> tuple[float, int, float]:
     return difference.mean(), int((difference > 0).sum()), p
 
 
-def pooled(tasks: dict[str, dict[str, Scores]], name: str, other: str = SELF_TRAINING) -> tuple[float, int, float]:
-    """A row against another one over all tasks that have both.
+def pooled(tasks: dict[str, dict[str, Scores]], name: str) -> tuple[float, int, float]:
+    """A row against self-training over all tasks that have both.
 
     A patient who is in several tasks counts once, with the mean of the differences.
 
@@ -158,7 +158,7 @@ def pooled(tasks: dict[str, dict[str, Scores]], name: str, other: str = SELF_TRA
     """
     of_patients = {}
     for task, rows in tasks.items():
-        method, compared = rows.get(name), partner(rows, name, other)
+        method, compared = rows.get(name), partner(rows, name, SELF_TRAINING)
         if not method or not compared:
             continue
         seeds = [seed for seed in method.seeds if seed in compared.seeds]

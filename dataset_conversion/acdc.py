@@ -107,6 +107,11 @@ def convert(
         print(f"Reading the h5 files in {root}; their spacing is not known and is set to 1 x 1 x {slice_spacing:g} mm.")
     tested = bool(set(test) & patients.keys())
     if not tested:
+        if (raw / "imagesTs").exists():  # what the new conversion does not make stays
+            raise ValueError(
+                f"{raw / 'imagesTs'} has test scans of an earlier conversion, and this one has none. Remove it and "
+                f"labelsTs, or give a --test-list of patients that are there."
+            )
         print("There is no test patient: imagesTs is left out. --test-list names other patients as test cases.")
 
     with staging(raw) as folder:

@@ -16,6 +16,7 @@ from nnunet_ssl.blocks.networks import (
     forward_with_features,
     frozen_copy,
     require_stages,
+    samples_of,
     trainable_copy,
     update_weighted_ema,
 )
@@ -56,9 +57,14 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
         if mixed and self.masks == "complementary":
             masks.append(~masks[0])
         with torch.no_grad():
-            taught, features = self.forward(self.companions.teacher, batch.unlabeled_weak)
+            needed = batch.unlabeled_weak if mixed else batch.unlabeled_weak[-half:]
+            taught, features = self.forward(self.companions.teacher, needed)
             pseudo, features = self.hard_labels(finest(taught)), [halves(feature) for feature in features]
-        views = [mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask) for mask in masks]
+        if mixed:
+            views = [mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask) for mask in masks]
+        else:
+            whole = (batch.image[:half], batch.unlabeled[-half:]), (batch.labels[:half], pseudo.to(batch.labels.dtype))
+            views = [tuple(map(torch.cat, whole))]
         masks, views = (both if len(both) == 2 else both * 2 for both in (masks, views))  # one for each student
         students = (self.network, self.companions.student_2)
         for part in self.half_batches(2 * half):
@@ -93,9 +99,9 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
         labeled, unlabeled = rows
         found = {}
         if len(mask[labeled]):
-            found["labeled"] = masked_loss(self.loss, of(output, labeled), target[labeled], mask[labeled])
+            found["labeled"] = masked_loss(self.loss, samples_of(output, labeled), target[labeled], mask[labeled])
         if len(mask[unlabeled]):
-            output, target, other = of(output, unlabeled), target[unlabeled], ~mask[unlabeled]
+            output, target, other = samples_of(output, unlabeled), target[unlabeled], ~mask[unlabeled]
             found["pseudo"] = self.pseudo_weight * masked_loss(self.loss, output, target, other)
             if self.masks == "same" and self.peer_weight:
                 peer = self.hard_labels(peer[unlabeled])
@@ -119,11 +125,6 @@ class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
         share = (1 - warmup_decay(self.step, 1 - self.alpha - self.beta)) / (self.alpha + self.beta)
         students = [self.network, self.companions.student_2]
         update_weighted_ema(self.companions.teacher, students, [share * self.alpha, share * self.beta])
-
-
-def of(output, rows):
-    """Some samples of an output, with deep supervision at every scale."""
-    return [scale[rows] for scale in output] if isinstance(output, list) else output[rows]
 
 
 __getattr__ = epoch_variants(globals())

@@ -13,7 +13,14 @@ import torch
 
 from nnunet_ssl.blocks.losses import feature_cosine, feature_l1, masked_loss, masked_losses, shrink
 from nnunet_ssl.blocks.mixing import block_mask, halves, mix_halves
-from nnunet_ssl.blocks.networks import finest, forward_with_features, frozen_copy, require_stages, update_ema
+from nnunet_ssl.blocks.networks import (
+    finest,
+    forward_with_features,
+    frozen_copy,
+    require_stages,
+    samples_of,
+    update_ema,
+)
 from nnunet_ssl.blocks.pseudo_labels import keep_largest_component
 from nnunet_ssl.blocks.schedules import warmup_decay
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
@@ -90,10 +97,11 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         """Unmixed patches: half a is labeled scans, half b is unlabeled ones."""
         pseudo, _ = self.teach(batch.unlabeled_weak[-half:], False)
         output = self.network(torch.cat([batch.image[:half], batch.unlabeled[-half:]]))
+        labeled, unlabeled = (samples_of(output, part) for part in (slice(0, half), slice(half, None)))
         everything = torch.ones_like(batch.image[:half, :1], dtype=torch.bool)
         return {
-            "labeled": masked_loss(self.loss, rows(output, slice(0, half)), batch.labels[:half], everything),
-            "pseudo": self.pseudo_weight * masked_loss(self.loss, rows(output, slice(half, None)), pseudo, everything),
+            "labeled": masked_loss(self.loss, labeled, batch.labels[:half], everything),
+            "pseudo": self.pseudo_weight * masked_loss(self.loss, unlabeled, pseudo, everything),
         }
 
     def teach(self, image, with_features):
@@ -112,11 +120,6 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
 
     def after_step(self):
         update_ema(self.companions.teacher, self.network, warmup_decay(self.step, self.teacher_decay))
-
-
-def rows(output, samples):
-    """Some samples of an output, with deep supervision at every scale."""
-    return [scale[samples] for scale in output] if isinstance(output, list) else output[samples]
 
 
 class nnUNetTrainerM3(nnUNetTrainerM3HL):

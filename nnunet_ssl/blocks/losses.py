@@ -218,7 +218,9 @@ def shrink(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def feature_l1(features: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean absolute difference of two feature maps (B, C, *spatial); the target gets no gradient (M3HL, L_low).
+    """Mean absolute difference of two feature maps (B, C, *spatial), at least 0; the target gets no gradient.
+
+    Source: M3HL, L_low.
 
     Args:
         mask: (B, 1, *spatial), 1 or True where the cell counts; an empty one gives 0. None: every cell.
@@ -230,7 +232,7 @@ def feature_l1(features: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 
 
 def feature_cosine(features: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 minus the cosine between two feature maps, each flattened to one vector per sample, batch mean, in [0, 2].
+    """1 minus the cosine of two feature maps (B, C, *spatial), flattened to a vector per sample; batch mean, in [0, 2].
 
     The target gets no gradient. Computed in fp32: the vector has thousands of entries (M3HL, L_high).
 

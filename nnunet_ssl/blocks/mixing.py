@@ -147,6 +147,8 @@ def shuffle_cells(first: Tensor, second: Tensor, order: Tensor, *, cells: int = 
 
     Returns:
         Two new tensors of that shape.
+
+    Raises: RuntimeError where the shapes differ.
     """
     images = torch.stack([first, second], 1)  # (B, 2, C, *spatial)
     covered = images[_covered(first.shape[2:], cells)]

@@ -36,7 +36,7 @@ def trainable_copy(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """In the block, a trained network judges: eval mode, and what it computes leaves no gradient in its parameters.
+    """In the block, the network is in eval mode, and what it computes leaves no gradient in its parameters.
 
     Gradients go through it to its input. They are left out also where they are back-propagated after the block.
     """
@@ -162,6 +162,11 @@ def logits(network: nn.Module, x: Tensor) -> Tensor:
 def finest(output: Tensor | Sequence[Tensor]) -> Tensor:
     """The full-resolution logits of an output, with deep supervision on or off."""
     return output[0] if isinstance(output, list | tuple) else output
+
+
+def samples_of(output: Tensor | Sequence[Tensor], samples: slice) -> Tensor | list[Tensor]:
+    """Some samples of an output, with deep supervision at every scale."""
+    return [scale[samples] for scale in output] if isinstance(output, list | tuple) else output[samples]
 
 
 def forward_with_features(

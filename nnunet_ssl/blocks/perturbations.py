@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def add_noise(x: Tensor, deviation: float) -> Tensor:
-    """x plus Gaussian noise that is clipped at two standard deviations; a new tensor, 0 gives x itself.
+    """x plus Gaussian noise that is clipped at two standard deviations: a new tensor, or x itself for a deviation of 0.
 
     Source: the released code of UA-MT (deviation 0.1, clip 0.2, on z-scored images).
 

@@ -23,7 +23,7 @@ def warmup_decay(step: int, decay: float) -> float:
 
 
 def turn(step: int, longest: int) -> int:
-    """Whose turn it is of two, 0 or 1: turns of random length from 1 to `longest` steps (AD-MT).
+    """Which of two, 0 or 1, has its turn at a step: turns of random length from 1 to `longest` steps (AD-MT).
 
     The lengths are drawn by the step alone: a training that is continued, and every rank, draws the same.
     """

@@ -235,9 +235,9 @@ def picture(output: Path, raw: Path, scores: dict[str, list[float]]) -> None:
     )
 
 
-def write_dataset(folder: Path, seed: int = SEED) -> None:
+def write_dataset(folder: Path) -> None:
     """Writes a raw dataset: imagesTr and labelsTr, imagesUn, imagesTs, and labelsTs, which only the Dice uses."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     for kind, ending in (("labeled", "Tr"), ("unlabeled", "Un"), ("test", "Ts")):
         for index in range(CASES[kind]):
             case = f"{kind}_{index:03d}"

@@ -106,7 +106,7 @@ def export(
     if len(each) > 1:
         (unfinished / DISAGREEMENT).mkdir(exist_ok=True)
         with replacing(unfinished / DISAGREEMENT / f"{case}.txt") as temporary:
-            temporary.write_text(repr(disagreement(each)))
+            temporary.write_text(repr(changed_part(each)))
         if ignore_label is not None:
             labels[disagreeing(each)] = ignore_label
     write_labels(case, labels, properties, plans, dataset_json, unfinished / "labelsTr", unfinished / SCRATCH / case)
@@ -164,7 +164,7 @@ def disagreeing(labels: Sequence[np.ndarray]) -> np.ndarray:
     return np.any([other != labels[0] for other in labels[1:]], axis=0)
 
 
-def disagreement(labels: Sequence[np.ndarray]) -> float:
+def changed_part(labels: Sequence[np.ndarray]) -> float:
     """How different label maps of a scan are: mean, over consecutive ones, of changed voxels over foreground voxels.
 
     The foreground is that of either of the two, so that the number lies in [0, 1]. Two empty maps agree. Source: the

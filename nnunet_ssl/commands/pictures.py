@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.wording import counted
 
 # two of the colours, and lines that differ without colour
 REFERENCE, PREDICTION = "#E69F00", "#56B4E9"
@@ -91,8 +92,8 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     point = "a point is one of them" if len(dice) == 1 else "a line joins the points of one of them"
-    counted = f"{len(cases)} test case{'s' * (len(cases) != 1)}"
-    axis.set_title(f"{counted}; {point}\na box is the middle half, its bar the median", fontsize=10)
+    number = counted(len(cases), "test case")
+    axis.set_title(f"{number}; {point}\na box is the middle half, its bar the median", fontsize=10)
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 

@@ -18,7 +18,8 @@ def load_predictors(networks: Sequence[Network], device: str, mirroring: bool) -
     """nnU-Net's predictors with the weights of networks, in their order.
 
     Raises:
-        ValueError: a checkpoint has no such network, or one whose architecture is unknown.
+        KeyError: a checkpoint has no such network.
+        NotImplementedError: a network's architecture is unknown.
     """
     predictors = []
     for model, members in groupby(networks, key=lambda network: network.model):

@@ -215,7 +215,7 @@ def write_cases(
         shutil.rmtree(scratch)
 
 
-def temporary_folder(target: Path, part_id: int = 0, num_parts: int = 1) -> Path:
+def temporary_folder(target: Path, part_id: int, num_parts: int) -> Path:
     """Where cases are written before they are moved; on the same disk, outside of what nnU-Net and the loader read."""
     return target.with_name(f"{target.name}{part_suffix(part_id, num_parts)}.tmp")
 

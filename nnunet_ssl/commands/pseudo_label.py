@@ -20,6 +20,7 @@ from nnunet_ssl.commands.trained_models import Network, plans_without_cascade, s
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.fold_scans import sort_folds
 from nnunet_ssl.data.splits import require_hidden, save_splits
+from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.pool import run_all
@@ -74,10 +75,12 @@ def pseudo_label(
 
     Raises:
         FileNotFoundError: no dataset, model or unlabeled scans; FileExistsError: the id is taken.
-        ValueError: no such fold, folds that hide different labels, models with other plans, unsound scans.
+        ValueError: no such fold or device, folds that hide different labels, models with other plans, unsound scans.
         RuntimeError: another run labels the same scans.
         NotImplementedError: a cascade.
     """
+    if predictions is None:
+        require_device(device)
     name = str(maybe_convert_to_dataset_name(dataset))
     raw, preprocessed = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
     plans = plans_without_cascade(preprocessed, plans_identifier, configuration)

@@ -40,6 +40,7 @@ from nnunet_ssl.commands.evaluate import label_values
 from nnunet_ssl.commands.interrupted_labels import convert_all
 from nnunet_ssl.commands.labeling import (
     SCRATCH,
+    changed_part,
     label_maps,
     mean_probabilities,
     predict,
@@ -241,8 +242,9 @@ def measure_scan(
     for folder, own in [*zip((f"{NETWORKS}/{name}" for name in names), each, strict=True), (LABELS, labels)]:
         write_labels(case, own, properties, plans, dataset_json, output / folder, scratch)
     scratch.rmdir()
+    measured = {"row": row, "features": features, "changed": changed_part(each) if len(each) > 1 else None}
     with replacing(output / MEASURED / f"{case}.json") as temporary:
-        temporary.write_text(json.dumps({"row": row, "features": features}))
+        temporary.write_text(json.dumps(measured))
 
 
 def of_classes(probabilities: Tensor, manager: LabelManager, classes: dict[str, tuple[int, ...]]) -> Tensor:

@@ -12,7 +12,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.preprocessed import uses_statistics
-from nnunet_ssl.data.splits import read_splits, require_hidden
+from nnunet_ssl.data.splits import read_fold, require_hidden
 from nnunet_ssl.system.files import read_json
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -159,10 +159,10 @@ def require_same(file: Path, made: dict, configuration: str, preprocessed: Path,
             )
 
 
-def shortened(value: object, limit: int = 80) -> str:
-    """A value as text, cut off after so many characters."""
+def shortened(value: object) -> str:
+    """A value as text, cut off after 80 characters."""
     text = str(value)
-    return text if len(text) <= limit else f"{text[:limit]} ..."
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def require_known_cases(
@@ -191,11 +191,10 @@ def require_known_cases(
     if learnt is None:
         require_hidden(other, model_fold, file)
     train = []
-    for splits, number in ((own, fold), (other, model_fold)):
-        folds = read_splits(splits)
-        if number == "all" or number >= len(folds):
+    for splits, number in [(own, fold), (other, model_fold)][: 2 if learnt is None else 1]:
+        if number == "all" or not splits.is_file():
             raise ValueError(f"{file}: its training cases are not known, {splits} has no fold {number}.")
-        train.append(set(folds[number]["train"]))
+        train.append(set(read_fold(splits, number)["train"]))
     if seen := (train[1] if learnt is None else set(learnt)) - train[0]:
         raise ValueError(
             f"{file} was trained on other cases than fold {fold} of {own}, and may have seen labels that this fold "

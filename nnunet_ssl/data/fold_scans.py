@@ -33,6 +33,8 @@ def sort_cases(
         fold: its number, or "all": every case of imagesTr is labeled then, none for validation.
         cases: what nnU-Net finds in the raw dataset: per case its images and label.
         dataset_json: of the raw dataset.
+
+    Raises: ValueError that names cases of the fold that are missing, or in two roles; what `read_fold` raises.
     """
     raw, splits = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name / "splits_final.json"
     entry = {"train": list(cases), "val": []}

@@ -123,7 +123,10 @@ def resampled_size(shape: Sequence[int], spacing: Sequence[float], transpose: Se
 
 
 def size_doubt(shape: Sequence[int], spacing: Sequence[float], expected: Expected) -> str | None:
-    """Why the size of a scan in the planned spacing is implausible; None where it is not. Arguments as above."""
+    """Why the size of a scan in the planned spacing is implausible; None where it is not.
+
+    Args: `shape` and `spacing` as for `resampled_size`; `expected` of the labeled scans.
+    """
     for grid in expected.grids:
         size, median = resampled_size(shape, spacing, expected.transpose, grid), np.asarray(grid.median_size)
         if len(size) != len(median):
@@ -142,6 +145,6 @@ def size_doubt(shape: Sequence[int], spacing: Sequence[float], expected: Expecte
 
 
 def smaller_than_patch(shape: Sequence[int], spacing: Sequence[float], expected: Expected) -> list[str]:
-    """The configurations whose patch is larger than the scan along every axis."""
+    """The configurations whose patch is larger than the scan along every axis; arguments as for `size_doubt`."""
     sizes = {grid: resampled_size(shape, spacing, expected.transpose, grid) for grid in expected.grids}
     return [grid.configuration for grid, size in sizes.items() if np.all(size < np.asarray(grid.patch_size))]

@@ -274,5 +274,6 @@ def scans_for_testing(dataset: str, dataset_json: dict) -> set[str]:
     images = raw_folder(dataset, "imagesTs")
     try:
         return set(find_scans(images, dataset_json["file_ending"])[0]) if images else set()
-    except OSError:
+    except OSError as error:
+        print(f"WARNING: nobody knows whether unlabeled scans have become test scans ({error}).")
         return set()

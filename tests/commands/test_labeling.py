@@ -5,7 +5,7 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_ssl.commands.labeling import disagreeing, disagreement, mean_logits
+from nnunet_ssl.commands.labeling import changed_part, disagreeing, mean_logits
 
 CLASSES = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 REGIONS = LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
@@ -38,9 +38,9 @@ def test_half_precision_and_sure_models_give_finite_logits(manager):
 
 def test_the_disagreement_is_the_mean_part_of_the_foreground_that_changes():
     maps = [np.array(row) for row in ([0, 1, 1, 2], [0, 1, 2, 2], [1, 1, 2, 2])]
-    assert disagreement(maps[:2]) == pytest.approx(1 / 3)  # one voxel of three
-    assert disagreement(maps) == pytest.approx((1 / 3 + 1 / 4) / 2)
-    assert disagreement([maps[0], maps[0]]) == 0
-    assert disagreement([np.zeros(4), maps[0]]) == 1
-    assert disagreement([np.zeros(4), np.zeros(4)]) == 0
+    assert changed_part(maps[:2]) == pytest.approx(1 / 3)  # one voxel of three
+    assert changed_part(maps) == pytest.approx((1 / 3 + 1 / 4) / 2)
+    assert changed_part([maps[0], maps[0]]) == 0
+    assert changed_part([np.zeros(4), maps[0]]) == 1
+    assert changed_part([np.zeros(4), np.zeros(4)]) == 0
     assert disagreeing(maps).tolist() == [True, False, True, False]

@@ -155,6 +155,11 @@ def test_a_fold_that_is_missing_is_refused(model):
     shutil.rmtree(model / "fold_4")
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(ValueError, "There is no CUDA device here", device="cuda", trainers=["nnUNetTrainerThatIsMissing"])
+
+
 def test_a_second_run_for_the_same_dataset_is_refused(model):
     folder = Path(paths.nnUNet_raw) / "Dataset984_TinyPseudoLabels"
     lock = folder.with_name(f".{folder.name}.lock")

@@ -25,6 +25,7 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.networks import logits
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.evaluate import label_values
+from nnunet_ssl.commands.labeling import changed_part
 from nnunet_ssl.commands.predictors import load_predictors, pooled_bottleneck
 from nnunet_ssl.commands.rank import of_classes
 from nnunet_ssl.commands.ranking_files import table, write_table
@@ -244,6 +245,11 @@ def test_pseudo_labels_are_those_of_the_ranking_and_nothing_is_predicted(ranked,
             assert kept == sorted(row["case"] for row in by_disagreement[: 6 - 2 * bool(options)])
             assert description["pseudo_labels"]["trainer"] == "nnUNetTrainerM3HL"
             assert description["pseudo_labels"]["networks"] == ["student", "teacher"]
+            with (folder / "disagreement.csv").open(newline="") as f:
+                found = {row["case"]: float(row["disagreement"]) for row in csv.DictReader(f)}
+            for case, value in found.items():
+                maps = [read(ranked[0] / "networks" / name / f"{case}.nii.gz") for name in ("student", "teacher")]
+                assert value == pytest.approx(changed_part(maps), abs=1e-4)  # as pseudo-label measures it itself
             for case in kept:
                 expected = read(ranked[0] / "labels" / f"{case}.nii.gz").astype(int)
                 if options:

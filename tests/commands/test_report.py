@@ -568,3 +568,5 @@ def test_a_page_is_made_where_the_unlabeled_cases_are_gone(root):
     splits = root / "preprocessed" / NAME / "splits_final.json"
     splits.write_text(json.dumps([{"train": ["x", "y"], "val": ["v0", "v1"], "unlabeled": ["u"]}]))
     assert "not known here: " in page_of().source
+    splits.write_text("[]")
+    assert "not known here: Fold 0 does not exist" in page_of().source

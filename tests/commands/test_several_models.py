@@ -17,7 +17,7 @@ from tiny import preprocess
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.commands.labeling import disagreement
+from nnunet_ssl.commands.labeling import changed_part
 from nnunet_ssl.commands.pseudo_label import with_ignore_label
 
 UNLABELED = [f"case_{i:03d}" for i in range(3, 7)] + ["unlabeled_000", "unlabeled_001"]
@@ -87,7 +87,7 @@ def test_the_label_is_that_of_the_mean_and_the_disagreement_is_written(command, 
     assert main(command) == 0
     for case, (maps, mean) in expected.items():
         assert (read(case) != mean).mean() < 1e-3  # the mean is taken before the scan is resampled
-        assert table()[case] == (pytest.approx(disagreement(maps), abs=1e-4), "yes")
+        assert table()[case] == (pytest.approx(changed_part(maps), abs=1e-4), "yes")
     assert any((maps[0] != maps[1]).any() for maps, _ in expected.values())
     assert [*table()] == sorted(table(), key=lambda case: (-table()[case][0], case))
     origin = description()["pseudo_labels"]
@@ -115,7 +115,7 @@ def unwrapped_heads(trainer):
 
 def test_the_worst_scans_are_left_out(command, expected):
     assert main([*command, "--drop-worst", "2"]) == 0
-    worst = sorted(expected, key=lambda case: (-round(disagreement(expected[case][0]), 6), case))[:2]
+    worst = sorted(expected, key=lambda case: (-round(changed_part(expected[case][0]), 6), case))[:2]
     assert [case for case, (_, used) in table().items() if used == "no"] == worst
     kept = sorted(set(UNLABELED) - set(worst))
     assert description()["pseudo_labels"]["cases"] == kept
@@ -150,7 +150,7 @@ def test_an_interrupted_run_keeps_labels_and_disagreements(command, expected, mo
     assert len(calls) == 8  # four scans, two models
     assert [*table()] == sorted(table(), key=lambda case: (-table()[case][0], case))
     assert {case: value for case, (value, _) in table().items()} == {
-        case: pytest.approx(disagreement(maps), abs=1e-4) for case, (maps, _) in expected.items()
+        case: pytest.approx(changed_part(maps), abs=1e-4) for case, (maps, _) in expected.items()
     }
 
 

@@ -14,7 +14,7 @@ from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.cli import main
-from nnunet_ssl.commands.start_from import last_epochs, require_same
+from nnunet_ssl.commands.start_from import last_epochs, require_known_cases, require_same
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.training.preflight import only_training
 
@@ -211,6 +211,16 @@ def test_a_model_of_other_cases_is_refused(results, tiny_dataset, capsys):
         assert "its training cases are not known" in capsys.readouterr().err
     finally:
         shutil.rmtree(other)
+
+
+def test_cases_that_a_checkpoint_names_need_no_fold_of_its_own(tiny_dataset):
+    cases = json.loads((tiny_dataset / "splits_final.json").read_text())[0]["train"]
+    for learnt in (cases, [*cases, "hidden"]):
+        refusal = pytest.raises(ValueError, match="must not know: hidden") if "hidden" in learnt else nullcontext()
+        with refusal:
+            require_known_cases(Path("model.pth"), 0, "all", tiny_dataset, "Dataset700_Elsewhere", learnt)
+    with pytest.raises(ValueError, match="Fold -1 does not exist"):
+        require_known_cases(Path("model.pth"), -1, 0, tiny_dataset, "Dataset700_Elsewhere", cases)
 
 
 def test_a_stock_model_of_more_labels_than_the_fold_has_now_is_refused(results, tiny_dataset, capsys):

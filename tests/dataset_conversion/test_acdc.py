@@ -241,6 +241,9 @@ def test_frames_of_patients_that_became_test_patients_do_not_stay_unlabeled(tmp_
         assert f"{done} has frames of patient099" in capsys.readouterr().err
     shutil.rmtree(done)
     assert main([*command.split(), "--test-list", str(listed)]) == 0
+    listed.write_text("patient001_frame01\n")  # who is not there
+    assert main([*command.split(), "--test-list", str(listed)]) == 1
+    assert "imagesTs has test scans of an earlier conversion, and this one has none." in capsys.readouterr().err
 
 
 def broken(tmp_path, kind):

@@ -64,7 +64,10 @@ def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_datase
             f"pseudo_{number}": 0.3 * labels.dice_and_cross_entropy(output, pseudo),
             f"peer_{number}": 0.2 * labels.dice_and_cross_entropy(output, peers),
         }
+    seen = []
+    trainer.companions.teacher.register_forward_pre_hook(lambda _, images: seen.append(len(images[0])))
     assert_terms(list(trainer.losses(batch)), expected)
+    assert seen == [half]  # the teacher labels what a loss uses
 
 
 def test_the_feature_terms_compare_a_mix_with_the_teacher_where_both_show_the_unlabeled_patch(tiny_dataset):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from nnunetv2 import paths
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
@@ -45,9 +44,9 @@ def validation(training: Training) -> Labeled | None:
     pairs = {case: (file, references / file.name) for case, file in files.items() if (references / file.name).is_file()}
     if not pairs:
         return None
-    raw = Path(paths.nnUNet_raw, training.plans.dataset_name) if paths.nnUNet_raw.is_set() else Path()
+    images = labeled_images(training.plans.dataset_name, training.dataset_json)
     what = f"the validation scans of fold {training.fold}, predicted by nnU-Net when the training was over"
-    return Labeled(what, pairs, labeled_images(raw, training.dataset_json))
+    return Labeled(what, pairs, images)
 
 
 def given(predictions: Path, labels: Path, images: Path | None, training: Training) -> Labeled:

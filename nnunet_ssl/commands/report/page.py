@@ -67,7 +67,7 @@ def as_uri(image: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{b64encode(image).decode()}"
 
 
-def as_png(figure: Figure, dpi: int = 150) -> str:
+def as_png(figure: Figure, dpi: int) -> str:
     """A figure as a data URI."""
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, pil_kwargs={"optimize": True})

@@ -6,7 +6,6 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
-from nnunetv2 import paths
 from tqdm import tqdm
 
 from nnunet_ssl.commands.ranking_files import IMAGES, LABELS, NETWORKS, NEXT, SETTINGS, TABLE
@@ -24,6 +23,7 @@ from nnunet_ssl.commands.report.scans import (
 )
 from nnunet_ssl.commands.report.training import Training
 from nnunet_ssl.system.files import read_json, read_text
+from nnunet_ssl.training.preflight import raw_folder
 
 VOLUME = "volume_ml_"  # begin of the columns with the classes
 NUMBERS = ("score", "disagreement", "volume_z")  # columns that are shown as such
@@ -69,10 +69,10 @@ def read_ranking(folder: Path, training: Training) -> Ranking:
     networks = settings.get("networks") or {}
     own = sorted(path.name for path in (folder / NETWORKS).glob("*") if path.is_dir())
     names = [name for name in networks if name in own] + [name for name in own if name not in networks]
-    raw = Path(paths.nnUNet_raw, training.plans.dataset_name) if paths.nnUNet_raw.is_set() else Path()
-    given = settings.get("scans", "unlabeled")
-    hidden = labeled_images(raw, training.dataset_json) if given == "unlabeled" else {}
-    folders = [folder / IMAGES, raw / "imagesUn" if given == "unlabeled" else Path(given)]
+    dataset, given = training.plans.dataset_name, settings.get("scans", "unlabeled")
+    hidden = labeled_images(dataset, training.dataset_json) if given == "unlabeled" else {}
+    scans = raw_folder(dataset, "imagesUn") if given == "unlabeled" else Path(given)
+    folders = [folder / IMAGES, *([scans] if scans else [])]
     return Ranking(
         folder,
         rows,

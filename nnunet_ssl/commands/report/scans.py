@@ -12,6 +12,7 @@ from nnunet_ssl.commands.report.page import Key, Picture
 from nnunet_ssl.commands.report.pictures import draw_scan, read_volume, window_of
 from nnunet_ssl.data.dataset_json import channel_names
 from nnunet_ssl.data.scans import unlabeled_scans
+from nnunet_ssl.training.preflight import raw_folder
 
 NONE = "\N{EN DASH}"  # where there is no number
 FEW = 5  # classes that have columns of their own
@@ -35,10 +36,13 @@ class Reading(NamedTuple):
         return cls(plans.image_reader_writer_class, ending, dataset_json["labels"].get("ignore"), channel, statistics)
 
 
-def labeled_images(raw: Path, dataset_json: dict) -> dict[str, Path]:
-    """Per labeled case the file of its first channel: in imagesTr, or where dataset.json says."""
-    elsewhere = {case: raw / entry["images"][0] for case, entry in dataset_json.get("dataset", {}).items()}
-    return elsewhere or first_channels([raw / "imagesTr"], dataset_json)
+def labeled_images(dataset: str, dataset_json: dict) -> dict[str, Path]:
+    """Per labeled case the file of its first channel: in imagesTr, or where dataset.json says it is."""
+    images = raw_folder(dataset, "imagesTr")
+    if images is None:
+        return {}
+    elsewhere = {case: images.parent / entry["images"][0] for case, entry in dataset_json.get("dataset", {}).items()}
+    return elsewhere or first_channels([images], dataset_json)
 
 
 def first_channels(folders: Sequence[Path], dataset_json: dict) -> dict[str, Path]:

@@ -77,9 +77,8 @@ def read_training(dataset: str, trainer: str, plans: str, configuration: str, fo
     if not folder.is_dir():
         command = f"nnUNetv2_train {dataset[7:10]} {configuration} {fold} -tr {trainer} -p {plans}"
         raise FileNotFoundError(f"{folder} does not exist: there is no such training. Train first: {command}")
-    content = {name: read_json(folder.parent / f"{name}.json") for name in ("plans", "dataset")}
     dataset_json = read_dataset_json(folder.parent / "dataset.json", "channel_names", "labels", "file_ending")
-    manager = PlansManager(content["plans"])
+    manager = PlansManager(read_json(folder.parent / "plans.json"))
     debug = read_json(folder / "debug.json") if (folder / "debug.json").is_file() else {}
     if not isinstance(debug, dict):
         raise ValueError(f"{folder / 'debug.json'} is damaged. Remove it; the training is not affected.")
@@ -170,7 +169,10 @@ def cases_of(training: Training) -> list[tuple[str, str]]:
         numbers = {"labeled": len(every), "validation": len(every)}
         listed = []
     elif splits.is_file():
-        fold = read_fold(splits, training.fold)
+        try:
+            fold = read_fold(splits, training.fold)
+        except ValueError as error:  # the split has changed since the training
+            return [("cases", f"not known here: {error}")]
         numbers, listed = {"labeled": len(fold["train"]), "validation": len(fold["val"])}, fold["unlabeled"]
     else:
         return [("cases", f"not known here: {splits} is missing")]
