@@ -20,7 +20,7 @@ from nnunet_ssl.blocks import pseudo_labels
 from nnunet_ssl.blocks.networks import broadcast, compile_in_place, has_batch_norm, set_deep_supervision, unwrap
 from nnunet_ssl.blocks.schedules import sigmoid_rampup, whole_epochs
 from nnunet_ssl.data.augmentation import OnDevice, augments_on_device
-from nnunet_ssl.data.loading import Batch, UnlabeledDataset, make_loaders, to_device
+from nnunet_ssl.data.loading import Batch, UnlabeledDataset, foreground, make_loaders, to_device
 from nnunet_ssl.data.splits import require_hidden
 from nnunet_ssl.system.attributes import replaced
 from nnunet_ssl.system.nnunet_version import require_nnunet
@@ -130,6 +130,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         manager = self.label_manager
         heads, ignore_label = manager.num_segmentation_heads, manager.ignore_label
         return pseudo_labels.annotated(labels, heads, regions=manager.has_regions, ignore_label=ignore_label)
+
+    def foreground(self, labels: Tensor) -> Tensor:
+        """The annotated voxels of every foreground class or region: bool (B, K, *spatial)."""
+        found, annotated = foreground(labels, self.label_manager)
+        return found & annotated
 
     def half_batches(self, size: int) -> list[slice]:
         """Slices of at most half a batch of that size: two graphs of one need no more memory than one of the batch.

@@ -38,24 +38,18 @@ class nnUNetTrainerOMF(SemiSupervisedTrainer):
     def losses(self, batch):
         if self.is_pretraining():
             yield {"supervised": self.loss(self.network(batch.image), batch.target)}
-            keep = ~self.foreground(batch.labels).roll(1, 0)
+            keep = ~self.foreground(batch.labels).any(1, keepdim=True).roll(1, 0)
             image, target = (mix(x, x.roll(1, 0), keep) for x in (batch.image, batch.labels))
             loss = masked_loss(self.loss, self.network(image), target, torch.ones_like(keep))
             yield {"labeled": self.pasted_weight * loss}
             return
         with torch.no_grad():
             said = logits(self.companions.teacher_frozen, batch.unlabeled_weak)
-            target, keep = self.probabilities(said), ~self.foreground(self.hard_labels(said)).roll(1, 0)
+            target, found = self.probabilities(said), self.foreground(self.hard_labels(said))
+            keep = ~found.any(1, keepdim=True).roll(1, 0)
         image = mix(batch.unlabeled, batch.unlabeled.roll(1, 0), keep)
         prediction = self.probabilities(logits(self.network, image))
         yield {"consistency": self.consistency_weight * probability_mse(prediction, target)}
-
-    def foreground(self, labels):
-        """Voxels of any class but the background, or of any region: (B, 1, *spatial) bool."""
-        manager = self.label_manager
-        if manager.has_regions:
-            return labels[:, : manager.num_segmentation_heads].bool().any(1, keepdim=True)
-        return labels > 0 if manager.ignore_label is None else (labels > 0) & (labels != manager.ignore_label)
 
     def after_step(self):
         if self.is_pretraining():

@@ -76,13 +76,6 @@ class nnUNetTrainerSSNet(SemiSupervisedTrainer):
         """Output of the network and the features in front of its last head."""
         return self.companions.features(unwrap(self.network).encoder(image))
 
-    def foreground(self, labels):
-        """Voxels of every foreground class, or of every region: (B, K, *spatial) bool; ignored ones are of none."""
-        heads = self.label_manager.num_segmentation_heads
-        if self.label_manager.has_regions:
-            return labels[:, :heads].bool() & ~labels[:, heads:].bool().any(1, keepdim=True)
-        return labels == torch.arange(1, heads, device=labels.device).view(1, -1, *[1] * (labels.ndim - 2))
-
     def separation(self, features, classes, correct=None):
         """How far vectors of voxels are from the memory of their class; `correct` ones of a labeled batch refill it."""
         heads, memory = self.companions.heads, self.companions.memory

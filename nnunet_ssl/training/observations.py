@@ -13,7 +13,7 @@ from torch import Tensor, autocast, nn
 from nnunet_ssl.blocks.networks import finest, forward_with_features, has_stages, logits, of_all_ranks, unwrap
 from nnunet_ssl.blocks.perturbations import in_float32
 from nnunet_ssl.blocks.pseudo_labels import hard_labels, probabilities
-from nnunet_ssl.data.loading import Batch
+from nnunet_ssl.data.loading import Batch, foreground
 
 
 @torch.no_grad()
@@ -39,14 +39,8 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
     regions = label_manager.has_regions
     values: dict[str, Tensor] = {}
     if batch.image is not None:
-        labels, channels = batch.labels, label_manager.num_segmentation_heads
-        if regions:
-            known, ignored = labels[:, :channels].bool().any(1), labels[:, channels:].bool().any(1)
-        else:
-            known = labels[:, 0] > 0
-            ignore_label = label_manager.ignore_label
-            ignored = torch.zeros_like(known) if ignore_label is None else labels[:, 0] == ignore_label
-        values["labeled_foreground"] = (known & ~ignored).sum() / (~ignored).sum()
+        found, annotated = foreground(batch.labels, label_manager)
+        values["labeled_foreground"] = (found & annotated).any(1).sum() / annotated.sum()
     if view is None:
         return values
     patches = view if batch.image is None else torch.cat([view, batch.image[:1]])  # two for the distance
@@ -70,12 +64,12 @@ def observe(student: nn.Module, labeler: nn.Module, batch: Batch, label_manager:
             features = F.normalize(features.float().flatten(1))
             pairs = len(patches) * (len(patches) - 1)
             values["feature_distance"] = (1 - features @ features.T).sum() / pairs  # 0 on the diagonal
-    found = foreground(pseudo, regions)
+    found = any_foreground(pseudo, regions)
     confidence = probabilities(pseudo, regions=regions).amax(1)
     values["pseudo_foreground"] = found.float().mean()
     values["pseudo_confidence"] = (confidence * found).sum() / found.sum()
     if labeler is not student:
-        mine = foreground(own, regions)
+        mine = any_foreground(own, regions)
         values["agreement"] = 2 * (mine & found).sum() / (mine.sum() + found.sum())
     return values
 
@@ -90,8 +84,8 @@ def pseudo_labeler(networks: dict[str, nn.Module]) -> str:
     return min(companions, key=lambda name: not name.startswith("teacher"), default="student")
 
 
-def foreground(logits: Tensor, regions: bool) -> Tensor:
-    """Voxels (B, *spatial) of any class but the background, or of any region: bool."""
+def any_foreground(logits: Tensor, regions: bool) -> Tensor:
+    """Voxels of logits (B, *spatial) that are of any class but the background, or of any region: bool."""
     return (hard_labels(logits, regions=regions) > 0).any(1)
 
 
