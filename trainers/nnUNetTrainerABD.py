@@ -1,13 +1,15 @@
 """ABD, adaptive bidirectional displacement: Chi et al. 2024 (arXiv:2405.00378), in BCP.
 
-Of its two displacements this host has the one of unsure blocks (ABD-R). Differs from the released code on purpose: the
-grid is defined by count (released: 4 x 4 blocks of a slice), in 3D too, and the surest quarter of the blocks are
-candidates, and a block that is moved is that of the image before anything has moved (released: the second move sees the
-first). What differs of BCP is as in nnUNetTrainerBCP, but that a loss is the mean of those of both mixes, where nnU-Net
-takes Dice over the batch too; labeled scans have one view, the teacher labels the weak view for both students, the
-first phase trains one student and copies it, and both have one optimizer. nnU-Net's Dice + cross entropy, here the mean
-over both mixes, has the scale of that code's loss, half of it summed over both: the weights are those released. The
-first student is deployed, as in BCP.
+Of its two displacements BCP has the one of unsure blocks (ABD-R). What differs from the released code on purpose is
+what nnUNetTrainerBCP says of BCP, and:
+- The grid has a number of cells per axis, in 3D too (released: 4 x 4 blocks of a slice). The surest quarter of the
+  blocks are candidates.
+- A block that is moved is that of the image before anything has moved (released: the second move sees the first).
+- A loss is the mean of those of both mixes, each with a Dice of its own. nnU-Net's Dice + cross entropy has the scale
+  of the released loss in that form, which is half of it, summed over both mixes: the weights are those released.
+- Labeled scans have one view, the teacher labels the weak view for both students, the first phase trains one student
+  and copies it, and both have one optimizer.
+- The first student is deployed, as in BCP.
 """
 
 import torch
@@ -112,10 +114,10 @@ def displacement(first, second, plain, cells: int, candidates: float, regions: b
         (B, twice the number of blocks), int64.
     """
     found = []
-    for said in (first, second):
-        sure = cell_means(confidence(probabilities(said, regions=regions), regions=regions), cells=cells)[:, 0]
+    for output in (first, second):
+        sure = cell_means(confidence(probabilities(output, regions=regions), regions=regions), cells=cells)[:, 0]
         top = sure.topk(max(1, round(candidates * sure.shape[1])), dim=1).indices
-        found.append((cell_means(said.float(), cells=cells), top, sure.argmin(1, keepdim=True)))
+        found.append((cell_means(output.float(), cells=cells), top, sure.argmin(1, keepdim=True)))
     chosen = []
     for (means, top, _), (others, _, least) in (found, found[::-1]):
         candidate, replaced = (

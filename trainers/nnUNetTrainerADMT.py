@@ -61,8 +61,8 @@ class nnUNetTrainerADMT(SemiSupervisedTrainer):
                 mask = box_mask(len(weak), weak.shape[2:], side=self.box_side, device=weak.device)
                 image, both, own, conflict = (mix(x, x.roll(1, 0), mask) for x in (weak, both, own, conflict))
             override = conflict & (confidence(own, **regions) > confidence(both, **regions))
-            said = torch.where(override, own, both)
-            return image, self.hard_labels(said - 0.5), confidence(said, **regions) >= self.threshold
+            prediction = torch.where(override, own, both)
+            return image, self.hard_labels(prediction - 0.5), confidence(prediction, **regions) >= self.threshold
 
     def turn(self):
         """The number of the teacher that this step updates: 0 or 1."""

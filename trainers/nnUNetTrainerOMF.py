@@ -44,8 +44,8 @@ class nnUNetTrainerOMF(SemiSupervisedTrainer):
             yield {"labeled": self.pasted_weight * loss}
             return
         with torch.no_grad():
-            said = logits(self.companions.teacher_frozen, batch.unlabeled_weak)
-            target, found = self.probabilities(said), self.foreground(self.hard_labels(said))
+            output = logits(self.companions.teacher_frozen, batch.unlabeled_weak)
+            target, found = self.probabilities(output), self.foreground(self.hard_labels(output))
             keep = ~found.any(1, keepdim=True).roll(1, 0)
         image = mix(batch.unlabeled, batch.unlabeled.roll(1, 0), keep)
         prediction = self.probabilities(logits(self.network, image))

@@ -31,13 +31,13 @@ class nnUNetTrainerPSC(SemiSupervisedTrainer):
 
     def losses(self, batch):
         with torch.no_grad():
-            said = logits(self.companions.teacher, batch.unlabeled_weak)
-            pseudo, soft = self.hard_labels(said).to(batch.labels.dtype), self.probabilities(said)
+            output = logits(self.companions.teacher, batch.unlabeled_weak)
+            pseudo, soft = self.hard_labels(output).to(batch.labels.dtype), self.probabilities(output)
         labeled = torch.ones_like(batch.image[:, :1], dtype=torch.bool)
         pairs = (batch.image, batch.unlabeled), (batch.labels, pseudo), (labeled, ~labeled)
         for image, target, mask in zip(*self.shuffled(*pairs), strict=True):
-            known, told = masked_losses(self.loss, self.network(image), target, (mask, ~mask))
-            yield {"labeled": known / 2, "pseudo": self.pseudo_weight * told / 2}
+            labeled_term, pseudo_term = masked_losses(self.loss, self.network(image), target, (mask, ~mask))
+            yield {"labeled": labeled_term / 2, "pseudo": self.pseudo_weight * pseudo_term / 2}
         half = (len(soft) + 1) // 2  # of an odd batch the middle sample is in two pairs
         pairs = [(x[:half], x[-half:]) for x in (batch.unlabeled, soft)]
         image, target = (torch.cat(both) for both in self.shuffled(*pairs))

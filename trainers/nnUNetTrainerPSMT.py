@@ -1,16 +1,18 @@
 """PS-MT, perturbed and strict mean teachers: Liu et al. 2022 (arXiv:2111.12903).
 
-Differs from the released code on purpose: the adversarial noise (T-VAT) is on the bottleneck of the U-Net alone, its
-size is a part of the features' (released: an L2 norm of 2, about a fiftieth of the features' size in a bottleneck of
-20,000 values), its direction is found in float32 from a probe that convolutions do not round away (released: 1e-6), the
-teachers' logits are averaged as they are (released: only those of seven classes), the box of CutMix has one size and
-lies inside of the patch, and the strong view is nnU-Net's intensity augmentation. There are no epochs in which the
-three networks learn from labels alone, each for itself: the ramp-up of the unlabeled weight, a part of the training and
-a sigmoid (released: a cosine), has their place, and in the first epoch both teachers are updated. (`supervised_part` in
-a trainer of your own is such a phase too, after which all three are copies of one network; it is off.) Labeled scans
-have nnU-Net's Dice and cross entropy, about twice the cross entropy alone, and so the unlabeled weight is doubled. The
-paper predicts with the mean of the teachers' logits. Deployed is one network, the student, the only one that learns in
-every epoch; `nnunet-ssl export --network teacher teacher_2` makes the paper's ensemble.
+Differs from the released code on purpose:
+- The adversarial noise (T-VAT) is on the bottleneck of the U-Net alone. Its size is a part of the features' (released:
+  an L2 norm of 2, about a fiftieth of the features' size in a bottleneck of 20,000 values). Its direction is found in
+  float32, from a probe that convolutions do not round away (released: 1e-6).
+- The teachers' logits are averaged as they are (released: only those of seven classes).
+- The box of CutMix has one size and lies inside of the patch; the strong view is nnU-Net's intensity augmentation.
+- There are no first epochs in which the three networks learn from labels alone, each for itself. The ramp-up of the
+  unlabeled weight has their place: a part of the training and a sigmoid (released: a cosine). In the first epoch both
+  teachers are updated.
+- Labeled scans have nnU-Net's Dice and cross entropy, about twice the cross entropy alone. So the unlabeled weight is
+  twice that released.
+- Deployed is one network, the student, which alone learns in every epoch. The paper predicts with the mean of the
+  teachers' logits: `nnunet-ssl export --network teacher teacher_2` makes that ensemble.
 """
 
 import torch
@@ -50,10 +52,10 @@ class nnUNetTrainerPSMT(SemiSupervisedTrainer):
     def losses(self, batch):
         yield {"supervised": self.loss(self.forward(batch.image), batch.target)}
         with torch.no_grad():
-            said = self.mean(logits(teacher, batch.unlabeled_weak) for teacher in self.teachers())
-            pseudo, regions = self.hard_labels(said), self.label_manager.has_regions
-            sure = confidence(self.probabilities(said), regions=regions)
-            mask = box_mask(len(said), said.shape[2:], side=self.box_side, device=said.device)
+            output = self.mean(logits(teacher, batch.unlabeled_weak) for teacher in self.teachers())
+            pseudo, regions = self.hard_labels(output), self.label_manager.has_regions
+            sure = confidence(self.probabilities(output), regions=regions)
+            mask = box_mask(len(output), output.shape[2:], side=self.box_side, device=output.device)
         image, pseudo, sure = (mix(x, x.roll(1, 0), mask) for x in (batch.unlabeled, pseudo, sure))
         loss = cross_entropy(self.loss, finest(self.forward(image)), pseudo, sure * (sure >= self.threshold))
         yield {"pseudo": self.unlabeled_weight * self.ramp * loss}
@@ -80,12 +82,12 @@ class nnUNetTrainerPSMT(SemiSupervisedTrainer):
         """T-VAT: the noise on the bottleneck after which the teachers' decoders say something else."""
         *others, bottleneck = (skip.detach().float() for skip in skips)
 
-        def said(teacher, x):
+        def decoded(teacher, x):
             return finest(teacher.decoder([*others, x]))
 
         @torch.no_grad()
         def mean(x):
-            return self.mean(said(teacher, x) for teacher in self.teachers())
+            return self.mean(decoded(teacher, x) for teacher in self.teachers())
 
         with in_float32(bottleneck.device):
             target = self.probabilities(mean(bottleneck))
@@ -96,7 +98,7 @@ class nnUNetTrainerPSMT(SemiSupervisedTrainer):
             divergence = kl_divergence(target, output, regions=self.label_manager.has_regions).sum()
             (slope,) = torch.autograd.grad(divergence, output)
             for teacher in self.teachers():
-                yield (said(teacher, x) * slope).sum() / 2
+                yield (decoded(teacher, x) * slope).sum() / 2
 
         size = bottleneck.square().mean([*range(1, bottleneck.ndim)], keepdim=True).sqrt()
         return self.noise * size * adversarial_direction(distance, bottleneck, self.probe * size)

@@ -91,14 +91,14 @@ class nnUNetTrainerSSNet(SemiSupervisedTrainer):
     def smoothness(self, image):
         """Distance of every sample's prediction to that with adversarial noise on the image."""
 
-        def said(x):
+        def soft(x):
             return self.probabilities(logits(self.network, x))
 
         with torch.no_grad(), in_float32(image.device):
-            target = said(image.float())
+            target = soft(image.float())
         with frozen(self.network):  # where it is compiled, autograd would compute the gradients of its weights as well
-            direction = adversarial_direction(lambda x: soft_dice_distance(said(x), target).sum(), image, self.probe)
-        return soft_dice_distance(said(image + self.radius * direction), target)
+            direction = adversarial_direction(lambda x: soft_dice_distance(soft(x), target).sum(), image, self.probe)
+        return soft_dice_distance(soft(image + self.radius * direction), target)
 
 
 __getattr__ = epoch_variants(globals())

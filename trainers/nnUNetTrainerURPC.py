@@ -51,10 +51,10 @@ class nnUNetTrainerURPC(SemiSupervisedTrainer):
         """Squared distance of every head to their mean, weighted by exp(-KL) of the voxel, plus the KL (Eq. 4)."""
         patch, mode = outputs[0].shape[2:], "bilinear" if outputs[0].ndim == 4 else "trilinear"
         heads = [F.interpolate(logits.float(), patch, mode=mode) for logits in outputs]
-        said = [self.probabilities(head) for head in heads]
-        mean = sum(said) / len(said)
+        predictions = [self.probabilities(head) for head in heads]
+        mean = sum(predictions) / len(predictions)
         total = 0
-        for head, own in zip(heads, said, strict=True):
+        for head, own in zip(heads, predictions, strict=True):
             divergence = kl_divergence(mean, head, regions=self.label_manager.has_regions)
             trust = (-divergence).exp()
             squared = ((mean - own).square() * trust).mean() / (trust.mean() + 1e-8)

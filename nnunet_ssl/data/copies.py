@@ -20,7 +20,7 @@ from nnunet_ssl.data import nifti
 from nnunet_ssl.data.plausibility import Expected
 from nnunet_ssl.data.scans import unpacked
 from nnunet_ssl.system.pool import run_all
-from nnunet_ssl.system.wording import counted
+from nnunet_ssl.system.wording import counted, one_line
 
 # shape without axes of size 1; first voxel that differs from the first one of all; hash of it and of those behind it
 Fingerprint = tuple[tuple[int, ...], int, bytes]
@@ -136,7 +136,7 @@ def compare_headers(
         try:
             found = fingerprint_in_file(file, shapes, expected)
         except Exception as error:  # a damaged file makes readers raise anything
-            reasons[file] = " ".join(str(error).split()) or type(error).__name__
+            reasons[file] = one_line(error)
         else:
             if found is not None:
                 prints[file] = found
@@ -185,5 +185,5 @@ def voxel_hash(file: Path, expected: Expected) -> tuple[bytes, str]:
     try:
         image = read(file, expected)
     except Exception as error:  # a damaged file makes readers raise anything
-        return b"", " ".join(str(error).split()) or type(error).__name__
+        return b"", one_line(error)
     return digest(image) + repr(without_ones(image.shape)).encode(), ""

@@ -8,6 +8,7 @@ import numpy as np
 from nnunet_ssl.data.plausibility import Expected
 from nnunet_ssl.data.scan_checks import geometry, geometry_errors
 from nnunet_ssl.data.scans import unpacked
+from nnunet_ssl.system.wording import one_line
 
 
 def label_problems(case: str, label: Path, files: Sequence[Path], expected: Expected) -> list[str]:
@@ -25,7 +26,7 @@ def label_problems(case: str, label: Path, files: Sequence[Path], expected: Expe
         with unpacked(label, expected.ending) as path:
             labels, properties = expected.reader().read_seg(str(path))
     except Exception as error:  # a damaged file makes readers raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         return [f"{case}: {label} cannot be read ({reason})"]
     with unpacked(files[0], expected.ending) as path:
         image, of_image = expected.reader().read_images([str(path)])

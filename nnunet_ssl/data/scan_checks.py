@@ -17,7 +17,7 @@ from nnunet_ssl.data.nifti import count_not_finite, refuse_colours
 from nnunet_ssl.data.plausibility import Expected, expected_scans, size_doubt, smaller_than_patch, value_doubt
 from nnunet_ssl.data.scans import files_to_compare, unpacked
 from nnunet_ssl.system.pool import run_all
-from nnunet_ssl.system.wording import counted
+from nnunet_ssl.system.wording import counted, one_line
 
 
 @dataclass
@@ -152,7 +152,7 @@ def check_scan(case: str, files: Sequence[Path], expected: Expected, named: bool
                 image, properties = expected.reader().read_images([str(path)])
                 lost = count_not_finite(path) if expected.ending in (".nii", ".nii.gz") else 0
         except Exception as error:  # a damaged file makes readers raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             findings.errors.append(f"{file.name}: cannot be read ({reason})")
             continue
         geometries[file.name] = geometry(image, properties)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnunet_ssl.system.files import replacing
+from nnunet_ssl.system.wording import one_line
 
 # submitit's names of what every cluster has; all others are those of sbatch
 SHARED = {"name", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "stderr_to_stdout"}
@@ -38,7 +39,7 @@ def make_executor(folder: Path, settings: dict[str, str | int], cluster: str = "
     try:
         executor.update_parameters(**{k if k in SHARED else f"slurm_{k}": v for k, v in settings.items()})
     except (NameError, AssertionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"--slurm {' '.join(f'{k}={v}' for k, v in settings.items())}: {reason}") from error
     return executor
 

@@ -12,6 +12,7 @@ from nnunet_ssl.commands.report.page import Key, Picture
 from nnunet_ssl.commands.report.pictures import draw_scan, read_volume, window_of
 from nnunet_ssl.data.dataset_json import channel_names
 from nnunet_ssl.data.scans import unlabeled_scans
+from nnunet_ssl.system.wording import one_line
 from nnunet_ssl.training.preflight import raw_folder
 
 NONE = "\N{EN DASH}"  # where there is no number
@@ -74,7 +75,7 @@ def show(
         image = read_volume(image_file, how.reader, how.ending)
         maps = [read_volume(file, how.reader, how.ending, labels=True).voxels for file in files]
     except Exception as error:  # a damaged file makes readers raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         return None, f"No picture: a file cannot be read ({reason})."
     for file, labels in zip(files, maps, strict=True):
         if labels.shape != image.voxels.shape:
