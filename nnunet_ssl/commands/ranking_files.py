@@ -174,11 +174,13 @@ def take_labels(
 ) -> None:
     """Copies a label of `rank` into `labelsTr` of a folder, with the disagreement; arguments as `labeling.export`."""
     name, scratch = f"{case}{settings['file_ending']}", unfinished / SCRATCH / case
-    changed = read_json(output / MEASURED / f"{case}.json")["changed"]
-    if changed is not None:
+    measured = read_json(output / MEASURED / f"{case}.json")
+    if "changed" not in measured:
+        raise ValueError(f"{output} was made by an earlier version. Rank the scans anew, in another folder.")
+    if measured["changed"] is not None:
         (unfinished / DISAGREEMENT).mkdir(exist_ok=True)
         with replacing(unfinished / DISAGREEMENT / f"{case}.txt") as temporary:
-            temporary.write_text(repr(changed))
+            temporary.write_text(repr(measured["changed"]))
     if ignore_label is None:
         for file in (f"{case}.json", name):  # .json: the spacing of a TIFF
             if (output / LABELS / file).is_file():
