@@ -1,6 +1,7 @@
 """Every test run gets its own nnU-Net folders."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,9 @@ for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
 os.environ["nnUNet_n_proc_DA"] = "0"  # no worker processes
 os.environ["nnUNet_compile"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of tiny networks wait for each other most of the time
+# where it is set, every process that a test starts would compile all of torch's files anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 register()
 
 

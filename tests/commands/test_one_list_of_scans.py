@@ -18,6 +18,7 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 FILES = ["patient_A.nii.gz", "patient_B.nii.gz", "a.b_c.nii.gz", "numbered_0000.nii.gz"]
 CASES = {"patient_A", "patient_B", "a.b_c", "numbered", "series"}
+pytestmark = pytest.mark.slow  # begins early: its few tests take long
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,9 @@ from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.paths import nnUNet_raw, nnUNet_results
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import run_training
-from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 from tiny import make_raw_dataset, plan, preprocess
 from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
-from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.commands.preprocess import preprocess_unlabeled
@@ -242,29 +240,6 @@ def test_transformer(trainer_class, tiny_dataset):
 
 
 # ---- torch.compile, worker processes, devices ----
-
-
-@every
-def test_torch_compile(trainer_class, tiny_dataset, tmp_path, monkeypatch):
-    """nnU-Net compiles on CUDA only; here the compiler runs the operations one by one. See test_compiled.py too."""
-    monkeypatch.setattr(stock.nnUNetTrainer, "_do_i_compile", lambda self: True)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    trainer = started(trainer_class, tiny_dataset, **EVERY_STREAM)
-    assert not isinstance(trainer.network, OptimizedModule)
-    assert trainer.network.encoder._compiled_call_impl is not None
-    trains(trainer)
-    for name in ("mean_fg_dice", "ema_fg_dice"):
-        trainer.logger.local_logger.my_fantastic_logging[name].append(0.5)
-    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
-    expected = trainer.train_step(next(trainer.dataloader_train))
-
-    monkeypatch.undo()
-    resumed = make_trainer(trainer_class, tiny_dataset, **EVERY_STREAM)  # not compiled
-    resumed.load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    resumed.on_train_start()
-    resumed.network.train()
-    losses = resumed.train_step(next(resumed.dataloader_train))
-    assert losses == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -18,6 +18,7 @@ from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 SHAPE = (28, 32)
+pytestmark = pytest.mark.slow  # begins early: its few tests take long
 
 
 def write_case(raw, folder, name, rng):
