@@ -176,7 +176,7 @@ def main() -> None:
     for name in args.trainers:
         trainer, batches = prepared(name, args)
         seconds(stock, stock_batches), seconds(trainer, batches)  # warm-up
-        work = multiplications(trainer, batches[0]) / multiplications(stock, stock_batches[0])
+        work = multiplications(trainer, next(iter(batches))) / multiplications(stock, next(iter(stock_batches)))
         pairs = [(seconds(trainer, batches), seconds(stock, stock_batches)) for _ in range(args.repeats)]
         ratios = sorted(ours / theirs for ours, theirs in pairs)
         stock_seconds = statistics.median(theirs for _, theirs in pairs)

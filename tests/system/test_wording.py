@@ -8,4 +8,4 @@ def test_one_is_not_plural():
 
 def test_an_error_is_one_line_and_never_empty():
     assert one_line(ValueError("first\n  second ")) == "first second"
-    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line(MemoryError()) == "MemoryError"
