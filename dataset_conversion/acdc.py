@@ -16,6 +16,7 @@ from nnunetv2 import paths
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
+from nnunet_ssl.data.nifti import require_complete
 from nnunet_ssl.data.splits import check_splits, save_splits
 from nnunet_ssl.dataset_conversion.h5 import read_h5
 from nnunet_ssl.dataset_conversion.staging import staging, target_folder
@@ -276,12 +277,21 @@ def _check_labels(array: np.ndarray, file: Path) -> None:
         raise ValueError(f"{file} has the labels {strange[:5]}; expected {sorted(LABELS.values())}.")
 
 
+def read_image(file: Path) -> sitk.Image:
+    """An image with all its voxels; raises ValueError naming the file where some are missing."""
+    try:
+        require_complete(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}.") from error
+    return sitk.ReadImage(file)
+
+
 def read_case(image_file: Path, label_file: Path) -> tuple[sitk.Image, sitk.Image]:
     """An annotated frame, as stored, and its label in uint8 with the image's geometry.
 
     Raises: ValueError naming the file when the two do not fit together.
     """
-    image, label = sitk.ReadImage(image_file), sitk.ReadImage(label_file)
+    image, label = read_image(image_file), read_image(label_file)
     if image.GetDimension() != 3 or image.GetSize() != label.GetSize():
         raise ValueError(f"{label_file}: size {label.GetSize()}, but {image_file.name} has {image.GetSize()}.")
     array = sitk.GetArrayFromImage(label)
@@ -306,8 +316,8 @@ def read_cine(patient: Patient, count: int | None) -> tuple[dict[int, sitk.Image
     Raises:
         ValueError: the 4D file is not 4D, or its slices are not those of the 3D files.
     """
-    series = sitk.GetArrayFromImage(sitk.ReadImage(patient.cine))  # (time, z, y, x)
-    annotated = {frame: sitk.ReadImage(files[0]) for frame, files in patient.frames.items()}
+    series = sitk.GetArrayFromImage(read_image(patient.cine))  # (time, z, y, x)
+    annotated = {frame: read_image(files[0]) for frame, files in patient.frames.items()}
     reference = next(iter(annotated.values()))
     shape = reference.GetSize()[::-1]
     if series.ndim != 4 or series.shape[1:] != shape:

@@ -5,7 +5,7 @@ import json
 import multiprocessing.dummy
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from pathlib import Path
@@ -195,6 +195,19 @@ def in_threads():
         mock.patch.dict(os.environ, nnUNet_n_proc_DA="1"),  # 0 is good for training and crashes planning
     ):
         yield
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file can become larger than so many bytes in the block, as on a full disk."""
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def shrink(configuration: dict, *, patch_size: Sequence[int] | None, batch_size: int, residual: bool) -> None:

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
 from nnunet_ssl.data.scan_checks import as_text, geometry
+from nnunet_ssl.data.scans import unpacked
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import run_all, worker_pool
 from nnunet_ssl.system.wording import counted
@@ -114,8 +115,9 @@ def read_pair(
 
     A 2D image has two axes.
     """
-    prediction, properties = reader().read_seg(str(prediction_file))
-    reference, wanted = reader().read_seg(str(reference_file))
+    with unpacked(prediction_file, "") as ours, unpacked(reference_file, "") as theirs:
+        prediction, properties = reader().read_seg(str(ours))
+        reference, wanted = reader().read_seg(str(theirs))
     expected = geometry(reference, wanted)
     for key, value in geometry(prediction, properties).items():
         if np.shape(value) != np.shape(expected[key]) or not np.allclose(value, expected[key], rtol=1e-4, atol=1e-3):

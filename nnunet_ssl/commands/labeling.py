@@ -16,8 +16,10 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunet_ssl.data.nifti import require_complete
 from nnunet_ssl.data.plausibility import expected_scans
 from nnunet_ssl.data.scan_checks import check_accepted, check_scans, check_unlabeled
+from nnunet_ssl.system.disk import say_full_disk
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import worker_pool
 
@@ -140,7 +142,9 @@ def write_labels(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     label = f"{case}{dataset_json['file_ending']}"
-    plans.image_reader_writer_class().write_seg(labels, str(scratch / label), properties)
+    with say_full_disk(scratch, lambda: labels.nbytes):
+        plans.image_reader_writer_class().write_seg(labels, str(scratch / label), properties)
+        require_complete(scratch / label)
     # the label goes last, it says that all is there: nnU-Net writes the spacing of a TIFF beside it
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == label):
         os.replace(file, folder / file.name)

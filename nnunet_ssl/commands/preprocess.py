@@ -114,6 +114,11 @@ def preprocess_unlabeled(
         write_cases(pool, share, jobs, targets, unfinished, plans, dataset_json)
     for target, cases in finished.items():
         print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {len(share.keys() - cases)} of them new.")
+        if images != raw / "imagesUn" and cases & share.keys():
+            print(
+                f"Not read again, because cases of their names were there: {len(cases & share.keys())} of {images}. "
+                f"Scans of several folders need names of their own."
+            )
         name_changed(target, cases, share)
         if cases - scans.keys():
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")

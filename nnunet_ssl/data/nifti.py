@@ -1,4 +1,4 @@
-"""Voxels of NIfTI files as they are stored: nnU-Net's readers replace what is no number, and read whole files only."""
+"""NIfTI files as they are stored: nnU-Net's readers replace what is no number, and fill up what is cut off."""
 
 import gzip
 from collections.abc import Iterator
@@ -11,9 +11,15 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
-from nnunet_ssl.data.scans import is_packed
-
 HEADERS = {348: Nifti1Header, 540: Nifti2Header}  # by the number of bytes, which the first four say
+
+
+def is_packed(file: Path) -> bool:
+    """Whether a file is a NIfTI file with gzip around it; some that are called .nii.gz are not packed."""
+    if not file.name.endswith(".nii.gz"):
+        return False
+    with file.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,27 @@ def stored(stream: BinaryIO) -> Stored | None:
     return Stored(shape, header.get_data_dtype(), header.get_data_offset(), scaled)
 
 
+def require_complete(file: Path) -> None:
+    """Looks whether a file has all the voxels of its header; files of other formats than NIfTI are passed over.
+
+    SimpleITK writes to a full disk without an error, and reads 0 where voxels are missing.
+
+    Raises: ValueError where they are not all there.
+    """
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return
+    with opened(file) as stream:
+        try:
+            how = stored(stream)
+            end = 1 if how is None else how.offset + int(np.prod(how.shape)) * how.dtype.itemsize
+            stream.seek(end - 1)
+            complete = stream.read(1)
+        except EOFError:  # of gzip
+            complete = b""
+    if not complete:
+        raise ValueError("it ends before its last voxel: it was copied or written in part, or a disk was full")
+
+
 def refuse_colours(file: Path) -> None:
     """Raises ValueError where the voxels of an unpacked file are colours, which nnU-Net takes for an axis."""
     with file.open("rb") as stream:
@@ -54,10 +81,7 @@ def refuse_colours(file: Path) -> None:
 
 
 def count_not_finite(file: Path) -> int:
-    """Voxels of an unpacked file that are NaN or infinite; 0 where it is no NIfTI file.
-
-    Raises: ValueError where the file is shorter than its header says.
-    """
+    """Voxels of a complete, unpacked file that are NaN or infinite; 0 where it is no NIfTI file."""
     with file.open("rb") as stream:
         how = stored(stream)
     if how is None or how.dtype.kind != "f":

@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.data.dataset_json import channel_names
+from nnunet_ssl.data.nifti import is_packed, require_complete
 from nnunet_ssl.data.preprocessed import finished_cases
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.disk import FullDisk, is_full
@@ -100,7 +101,9 @@ def files_to_compare(
         chosen: test scans that are used as unlabeled ones on demand; they are left out.
     """
     ending = dataset_json["file_ending"]
-    others = {raw / image: "dataset.json" for e in dataset_json.get("dataset", {}).values() for image in e["images"]}
+    table = dataset_json.get("dataset", {}).values()
+    # nnU-Net expands environment variables there
+    others = {raw / os.path.expandvars(image): "dataset.json" for entry in table for image in entry["images"]}
     for name in ("imagesTr", "imagesTs"):
         scans = find_scans(raw / name, ending)[0]
         left = scans if name == "imagesTr" else scans.keys() - set(chosen)
@@ -116,14 +119,6 @@ def changed_at(scan: str | Path) -> int:
     return max(os.stat(file).st_mtime_ns for file in files)
 
 
-def is_packed(file: Path) -> bool:
-    """Whether a file is a NIfTI file with gzip around it; some that are called .nii.gz are not packed."""
-    if not file.name.endswith(".nii.gz"):
-        return False
-    with file.open("rb") as stream:
-        return stream.read(2) == b"\x1f\x8b"
-
-
 @contextmanager
 def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
     """A scan's file as readers take it; what is unpacked or converted for them is removed afterwards.
@@ -131,11 +126,12 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
     A folder of DICOM files becomes one image file with the ending, but for its .gz where it is not `to_keep`. A packed
     NIfTI file is unpacked: SimpleITK alone takes three times as long as Python's gzip and SimpleITK together.
 
-    Raises: ValueError where the folder does not hold exactly one DICOM series, or slices are missing in it; OSError
-        without room to unpack.
+    Raises: ValueError where a NIfTI file is cut off, where the folder does not hold exactly one DICOM series, or slices
+        are missing in it; OSError without room to unpack.
     """
     if not file.is_dir():
         if not is_packed(file):
+            require_complete(file)
             yield file
             return
         with tempfile.TemporaryDirectory() as scratch:
@@ -148,6 +144,7 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
                         raise
                     text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
                     raise FullDisk(f"{text}. Set TMPDIR to a folder with room.") from error
+            require_complete(path)
             yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
@@ -156,6 +153,11 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, f"{file.name}_0000{ending if to_keep else ending.removesuffix('.gz')}")
         sitk.WriteImage(read_series(file, series[0]), str(path))
+        try:
+            require_complete(path)
+        except ValueError as error:
+            text = f"{scratch} has no room for the DICOM series {file.name}. Set TMPDIR to a folder with room."
+            raise FullDisk(text) from error
         yield path
 
 

@@ -436,11 +436,22 @@ def test_test_scans_and_labels_that_do_not_fit_are_refused(trained, fake, capsys
     shutil.copy(raw / "imagesTs" / "a_0000.nii.gz", raw / "imagesTs" / "a_0001.nii.gz")
     (raw / "imagesTs" / "b_0000.nii.gz").unlink()
     (raw / "labelsTs" / "c.nii.gz").unlink()
-    refused(trained, capsys, ("a: 2 channels, not 1", "b: no scan in", "c: no label in"))
+    refused(trained, capsys, ("a: 2 files, not 1", "b: no scan in", "c: no label in"))
     shutil.rmtree(raw / "labelsTs")
     refused(trained, capsys, "labelsTs has no file")
     shutil.rmtree(raw / "imagesTs")
     refused(trained, capsys, "imagesTs has no file")
+
+
+def test_colors_are_channels_in_one_file(dataset):
+    raw = dataset / "raw" / "Dataset801_Compare"
+    description = json.loads((raw / "dataset.json").read_text())
+    colors = {"channel_names": {str(index): color for index, color in enumerate("RGB")}}
+    (raw / "dataset.json").write_text(json.dumps(description | colors))
+    with pytest.raises(ValueError, match="a: 1 file, not 3"):  # no labeled scan shows another number
+        run_module.check_dataset(raw.name, "3d_fullres", "nnUNetPlans", [0])
+    shutil.copytree(raw / "imagesTs", raw / "imagesTr")
+    run_module.check_dataset(raw.name, "3d_fullres", "nnUNetPlans", [0])
 
 
 def test_a_device_that_is_not_there_is_refused(trained, fake, capsys, monkeypatch):

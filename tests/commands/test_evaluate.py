@@ -302,6 +302,15 @@ def test_missing_surplus_and_displaced_files_are_named_and_nothing_is_written(fo
     assert not (prediction / "evaluation.csv").exists()
 
 
+@pytest.mark.parametrize("folder", ["prediction", "reference"])
+def test_a_file_that_is_cut_off_has_no_dice(folder, folders, capsys):
+    file = folders / folder / "case_1.nii.gz"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert run(folders) == 1
+    assert "case_1: " in capsys.readouterr().err
+    assert not (folders / "prediction" / "evaluation.csv").exists()
+
+
 def test_without_dataset_json_or_references_the_message_says_so(folders, capsys):
     (folders / "prediction" / "dataset.json").unlink()
     assert run(folders) == 1

@@ -438,7 +438,9 @@ def test_a_finished_case_is_not_read_again_and_a_new_one_is(folder, images):
 def test_a_finished_case_whose_scan_is_newer_is_named(folder, images, capsys):
     preprocess(images=images)
     before, file = (target_of(folder) / f"{CASES[0]}.pkl").stat().st_mtime_ns, images / f"{CASES[0]}_0001.nii.gz"
-    assert "WARNING" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING" not in said
+    assert "Not read again" not in said
     os.utime(file, ns=(before + 1, before + 1))
     (images / f"{CASES[1]}_0000.nii.gz").unlink()
     (images / f"{CASES[1]}_0000.nii.gz").symlink_to(images / "nowhere")
@@ -448,7 +450,9 @@ def test_a_finished_case_whose_scan_is_newer_is_named(folder, images, capsys):
     for name in target_of(folder).glob(f"{CASES[0]}*"):
         name.unlink()
     preprocess(images=images)
-    assert "2, 1 of them new" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2, 1 of them new" in said
+    assert f"Not read again, because cases of their names were there: 1 of {images}. Scans of several folders" in said
 
 
 def test_a_finished_case_that_was_labeled_since_is_refused(folder, images):

@@ -3,17 +3,16 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny
+from tiny import files_up_to
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.preprocess import only_run, preprocess_unlabeled
@@ -256,16 +255,6 @@ def limited(*arguments):
 DefaultPreprocessor.run_case_save = limited
 sys.exit(main("preprocess -d 944 -c 3d_fullres -np 1".split()))
 """
-
-
-@contextmanager
-def files_up_to(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_folder_of_temporary_files_is_no_fault_of_the_scan(images):

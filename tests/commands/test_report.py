@@ -12,6 +12,7 @@ import SimpleITK as sitk
 import torch
 from jinja2 import UndefinedError
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from pages import Page, alone
 from tiny import write_image
 from tiny_trainers import make_trainer, seed
@@ -85,6 +86,11 @@ def write_ranking(root, cases, networks=("student", "teacher"), maps=None, **row
     settings = {"dataset": NAME, "configuration": "3d_fullres", "trainers": [TRAINER], "scans": "unlabeled"}
     (folder / "settings.json").write_text(json.dumps(settings | {"networks": {name: {} for name in networks}}))
     return folder
+
+
+def add_settings(folder, **more):
+    file = folder / "settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
 
 
 def no_batch(*_):
@@ -289,7 +295,7 @@ def test_scans_without_any_foreground_and_a_class_that_is_never_predicted(root):
 
 
 @pytest.mark.parametrize("source", ["imagesUn", "imagesTr", "dataset.json", "DICOM", "a folder"])
-def test_images_are_found_wherever_the_ranked_scans_are(source, root):
+def test_images_are_found_wherever_the_ranked_scans_are(source, root, monkeypatch):
     folder, raw = write_ranking(root, ["u0"]), root / "raw" / NAME
     file = raw / "imagesUn" / "u0_0000.nii.gz"
     settings = json.loads((folder / "settings.json").read_text())
@@ -301,7 +307,8 @@ def test_images_are_found_wherever_the_ranked_scans_are(source, root):
         (folder / "settings.json").write_text(json.dumps(settings | {"scans": str(places[source])}))
     if source == "dataset.json":
         described = fold_of(root).parent / "dataset.json"
-        entry = {"u0": {"images": [f"../../{file.name}"], "label": "none"}}
+        monkeypatch.setenv("ELSEWHERE", "../..")
+        entry = {"u0": {"images": [f"$ELSEWHERE/{file.name}"], "label": "none"}}
         described.write_text(json.dumps(json.loads(described.read_text()) | {"dataset": entry}))
     assert "Scan u0" in page_of("--rank", folder).images()[0]["alt"]
 
@@ -364,6 +371,21 @@ def test_classes_that_are_missing_in_scans_with_labels_are_said(root):
     text = page_of(*folders).texts["labeled"]
     assert "No reference has organ: nothing can be said about it." in text
     assert "so without Dice: t0, t1." in text
+
+
+def test_the_spacing_of_tiff_labels_is_where_nnunet_finds_it(root):
+    raw, fold, copies = root / "raw" / NAME, fold_of(root), root / "preprocessed" / NAME / "gt_segmentations"
+    for folder in (raw, fold.parent):
+        file = folder / "dataset.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"file_ending": ".tif"}))
+    plans = fold.parent / "plans.json"
+    plans.write_text(plans.read_text().replace("SimpleITKIO", "Tiff3DIO"))
+    (raw / "labelsTr").mkdir()
+    for case in ("v0", "v1"):
+        for folder in (raw / "labelsTr", fold / "validation"):
+            Tiff3DIO().write_seg(organ(), str(folder / f"{case}.tif"), {"spacing": [3.0, 1.0, 1.0]})
+        shutil.copy(raw / "labelsTr" / f"{case}.tif", copies)  # as nnU-Net copies it: without v0.json
+    assert "100.0" in page_of().texts["labeled"]
 
 
 def test_regions_are_measured_as_such(root):
@@ -507,6 +529,12 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(root, monkeypatch, capsys):
             "ranks the predictions of trainer nnUNetTrainer, this page is of nnUNetTrainerM3HL",
         ),
         (
+            lambda root: add_settings(write_ranking(root, ["u0"]), plans="ResEnc", folds=[3]),
+            ["--rank", "ranked"],
+            "of plans ResEnc, fold 3, this page is of nnUNetTrainerM3HL, Dataset803_Report, 3d_fullres, nnUNetPlans, "
+            "fold 0",
+        ),
+        (
             lambda root: (fold_of(root) / "losses.csv").write_text("epoch,loss\n0,x\n"),
             [],
             "losses.csv is damaged (could not convert",
@@ -534,6 +562,7 @@ def test_a_page_is_replaced_as_a_whole_or_not_at_all(root, monkeypatch, capsys):
         "no number",
         "other folder",
         "other training",
+        "other plans and fold",
         "damaged table",
         "damaged debug.json",
         "no predictions",

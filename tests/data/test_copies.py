@@ -17,6 +17,7 @@ from nnunet_ssl.data import copies
 from nnunet_ssl.data.copies import find_copies, fingerprint, fingerprint_in_file, read
 from nnunet_ssl.data.nifti import count_not_finite
 from nnunet_ssl.data.plausibility import Expected
+from nnunet_ssl.data.scans import files_to_compare
 
 EXPECTED = Expected(("MR",), ".nii.gz", SimpleITKIO)
 SHAPE = (6, 7, 8)
@@ -153,6 +154,13 @@ def test_the_background_tells_no_scans_apart(folder):
     file = write(folder / "new" / "a_0000.nii.gz", images[0])
     assert fingerprint_in_file(file, {(60, 60, 60)}, EXPECTED) == first
     assert fingerprint_in_file(file, {(60, 60, 61)}, EXPECTED) is None
+
+
+def test_files_in_the_table_of_a_dataset_may_be_behind_an_environment_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path / "disk"))
+    table = {"a": {"images": ["$ELSEWHERE/a_0000.nii.gz"]}, "b": {"images": ["imagesTr/b_0000.nii.gz"]}}
+    found = files_to_compare(tmp_path, {"file_ending": ".nii.gz", "dataset": table}, {}, [], [])
+    assert found == {tmp_path / file: "dataset.json" for file in ("disk/a_0000.nii.gz", "imagesTr/b_0000.nii.gz")}
 
 
 def test_a_labeled_scan_that_cannot_be_read_is_warned_of(folder):

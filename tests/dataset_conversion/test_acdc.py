@@ -264,6 +264,9 @@ def broken(tmp_path, kind):
         write(np.full(SHAPE, 7, np.uint8), folder / "patient038_frame04_gt.nii.gz")
     elif kind == "size":
         write(np.zeros((4, 4, 4), np.int16), folder / "patient038_frame04.nii.gz")
+    elif kind == "cut off":
+        file = folder / "patient038_frame04.nii.gz"
+        file.write_bytes(file.read_bytes()[:-30])
     elif kind == "cine size":
         write(np.zeros(SHAPE, np.int16), folder / "patient038_4d.nii.gz")
 
@@ -278,6 +281,7 @@ def broken(tmp_path, kind):
         ("no cine", "1 training patients have no patientXXX_4d.nii.gz"),
         ("label value", "patient038_frame04_gt.nii.gz has the labels [7]"),
         ("size", "patient038_frame04_gt.nii.gz: size"),
+        ("cut off", "patient038_frame04.nii.gz: it ends before its last voxel"),
         ("cine size", "patient038_4d.nii.gz: shape (time, z, y, x)"),
     ],
 )

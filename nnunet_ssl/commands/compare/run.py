@@ -117,8 +117,10 @@ def check_dataset(name: str, configuration: str, plans_identifier: str, folds: S
         check_fold(splits, fold)
 
     description = read_dataset_json(raw / "dataset.json", "channel_names", "labels", "file_ending")
-    ending, channels = description["file_ending"], len(channel_names(description))
-    scans = find_scans(raw / "imagesTs", ending)[0]
+    ending = description["file_ending"]
+    scans, labeled = (find_scans(raw / folder, ending)[0] for folder in ("imagesTs", "imagesTr"))
+    # colors are channels in one file
+    number = len(next(iter(labeled.values()), channel_names(description)))
     labels = {file.name.removesuffix(ending) for file in (raw / "labelsTs").glob(f"*{ending}")}
     for folder, found in ((raw / "imagesTs", scans), (raw / "labelsTs", labels)):
         if not found:
@@ -126,9 +128,7 @@ def check_dataset(name: str, configuration: str, plans_identifier: str, folds: S
     problems = [f"{case}: no label in {raw / 'labelsTs'}" for case in sorted(scans.keys() - labels)]
     problems += [f"{case}: no scan in {raw / 'imagesTs'}" for case in sorted(labels - scans.keys())]
     counts = {case: len(files) for case, files in scans.items()}
-    problems += [
-        f"{c}: {counted(count, 'channel')}, not {channels}" for c, count in counts.items() if count != channels
-    ]
+    problems += [f"{case}: {counted(count, 'file')}, not {number}" for case, count in counts.items() if count != number]
     if problems:
         raise ValueError("Test scans and their labels have to be of the same cases:\n  " + "\n  ".join(problems))
 

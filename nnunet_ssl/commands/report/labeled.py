@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from tqdm import tqdm
 
 from nnunet_ssl.commands.evaluate import case_metrics, label_masks, label_values, paired_files, read_pair
@@ -14,6 +15,7 @@ from nnunet_ssl.commands.report.page import Card, Key, Table
 from nnunet_ssl.commands.report.scans import FEW, Reading, first_channels, labeled_images, millilitres, number, show
 from nnunet_ssl.commands.report.training import Training
 from nnunet_ssl.system.pool import run_all, worker_pool
+from nnunet_ssl.training.preflight import raw_folder
 
 WORST = 5  # pictures
 KEYS = [Key("reference", REFERENCE, "solid"), Key("prediction", PREDICTION, "dashed")]
@@ -39,7 +41,9 @@ class Labeled(NamedTuple):
 def validation(training: Training) -> Labeled | None:
     """What nnU-Net has predicted of the validation cases when the training was over; None where it has not."""
     ending, folder = training.dataset_json["file_ending"], training.folder / "validation"
-    references = training.preprocessed / "gt_segmentations"
+    labels, references = raw_folder(training.plans.dataset_name, "labelsTr"), training.preprocessed / "gt_segmentations"
+    if labels is not None and labels.is_dir() and issubclass(training.plans.image_reader_writer_class, Tiff3DIO):
+        references = labels  # nnU-Net's copies lack CASE.json, which has the spacing of a TIFF file
     files = {file.name.removesuffix(ending): file for file in sorted(folder.glob(f"*{ending}"))}
     pairs = {case: (file, references / file.name) for case, file in files.items() if (references / file.name).is_file()}
     if not pairs:

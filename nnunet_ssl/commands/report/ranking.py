@@ -88,14 +88,17 @@ def read_settings(folder: Path, training: Training) -> dict:
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / SETTINGS} is damaged. Remove {folder} and run nnunet-ssl rank again.")
-    own = {"dataset": training.plans.dataset_name, "configuration": training.configuration}
+    plans, fold = training.plans, training.fold
+    own = {"dataset": plans.dataset_name, "configuration": training.configuration, "plans": plans.plans_name}
     other = [f"{name} {settings[name]}" for name, value in own.items() if settings.get(name, value) != value]
     trainers = settings.get("trainers", [training.trainer])
     other += [] if training.trainer in trainers else [f"trainer {', '.join(map(str, trainers))}"]
+    folds = settings.get("folds", [fold])
+    other += [] if fold in folds else [f"fold {' '.join(map(str, folds))}"]
     if other:
         raise ValueError(
             f"{folder} ranks the predictions of {', '.join(other)}, this page is of {training.trainer}, "
-            f"{own['dataset']}, {own['configuration']}. Give the folder of this model with --rank."
+            f"{', '.join(own.values())}, fold {fold}. Give the folder of this model with --rank."
         )
     return settings
 

@@ -1,5 +1,6 @@
 """Files of scans and how they are shown on a page."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,9 @@ def labeled_images(dataset: str, dataset_json: dict) -> dict[str, Path]:
     images = raw_folder(dataset, "imagesTr")
     if images is None:
         return {}
-    elsewhere = {case: images.parent / entry["images"][0] for case, entry in dataset_json.get("dataset", {}).items()}
+    table = dataset_json.get("dataset", {}).items()
+    # nnU-Net expands environment variables there
+    elsewhere = {case: images.parent / os.path.expandvars(entry["images"][0]) for case, entry in table}
     return elsewhere or first_channels([images], dataset_json)
 
 
