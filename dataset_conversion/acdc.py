@@ -16,10 +16,9 @@ from nnunetv2 import paths
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
-from nnunet_ssl.data.nifti import require_complete
 from nnunet_ssl.data.splits import check_splits, save_splits
 from nnunet_ssl.dataset_conversion.h5 import read_h5
-from nnunet_ssl.dataset_conversion.staging import staging, target_folder
+from nnunet_ssl.dataset_conversion.staging import read_image, staging, target_folder, write_image
 from nnunet_ssl.system.files import read_text
 
 VAL_PATIENTS = [28, 85, 82, 87, 19, 30, 78, 45, 2, 39]
@@ -277,15 +276,6 @@ def _check_labels(array: np.ndarray, file: Path) -> None:
         raise ValueError(f"{file} has the labels {strange[:5]}; expected {sorted(LABELS.values())}.")
 
 
-def read_image(file: Path) -> sitk.Image:
-    """An image with all its voxels; raises ValueError naming the file where some are missing."""
-    try:
-        require_complete(file)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}.") from error
-    return sitk.ReadImage(file)
-
-
 def read_case(image_file: Path, label_file: Path) -> tuple[sitk.Image, sitk.Image]:
     """An annotated frame, as stored, and its label in uint8 with the image's geometry.
 
@@ -341,15 +331,15 @@ def write_annotated(number: int, patient: Patient, folder: Path, suffix: str, sl
     for case, files in zip(case_names(number, patient), patient.frames.values(), strict=True):
         h5 = files[0].suffix == ".h5"
         image, label = read_h5_case(files, slice_spacing) if h5 else read_case(*files)
-        sitk.WriteImage(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
-        sitk.WriteImage(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
+        write_image(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
+        write_image(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
 
 
 def write_cine(number: int, patient: Patient, count: int | None, folder: Path) -> bool:
     """Writes frames without annotation into imagesUn, see `read_cine`; whether the 4D file's numbers are right."""
     frames, same = read_cine(patient, count)
     for frame, image in frames.items():
-        sitk.WriteImage(image, folder / "imagesUn" / f"patient{number:03d}_frame{frame:02d}_0000.nii.gz")
+        write_image(image, folder / "imagesUn" / f"patient{number:03d}_frame{frame:02d}_0000.nii.gz")
     return same
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.data.splits import check_splits, save_splits
 from nnunet_ssl.dataset_conversion.h5 import read_h5
-from nnunet_ssl.dataset_conversion.staging import staging, target_folder
+from nnunet_ssl.dataset_conversion.staging import staging, target_folder, write_image
 from nnunet_ssl.system.files import read_text
 
 VAL_CASES = 8  # cases at the end of the training list that every fold validates on
@@ -103,8 +103,8 @@ def convert(
             image, label = read_case(source / case)
             if crop_margin is not None:
                 image, label = crop_in_plane(image, label, crop_margin, case)
-            sitk.WriteImage(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
-            sitk.WriteImage(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
+            write_image(image, folder / f"images{suffix}" / f"{case}_0000.nii.gz")
+            write_image(label, folder / f"labels{suffix}" / f"{case}.nii.gz")
         generate_dataset_json(
             str(folder),
             channel_names={0: "MRI"},

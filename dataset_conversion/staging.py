@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import SimpleITK as sitk
 from nnunetv2 import paths
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from nnunet_ssl.data.nifti import require_complete
 
 
 def target_folder(dataset_id: int, name: str, overwrite: bool) -> Path:
@@ -42,3 +45,15 @@ def staging(raw: Path) -> Iterator[Path]:
             if target.is_dir():
                 shutil.rmtree(target)
             written.replace(target)
+
+
+def write_image(image: sitk.Image, file: Path) -> None:
+    """Writes a NIfTI file; raises ValueError where a full disk has cut it off, of which SimpleITK says nothing."""
+    sitk.WriteImage(image, file)
+    require_complete(file)
+
+
+def read_image(file: Path) -> sitk.Image:
+    """A NIfTI file with all its voxels; raises ValueError naming the file where some are missing."""
+    require_complete(file)
+    return sitk.ReadImage(file)

@@ -65,7 +65,9 @@ def require_complete(file: Path) -> None:
         except EOFError:  # of gzip
             complete = b""
     if not complete:
-        raise ValueError("it ends before its last voxel: it was copied or written in part, or a disk was full")
+        raise ValueError(
+            f"{file.name} ends before its last voxel: it was copied or written in part, or a disk was full"
+        )
 
 
 def refuse_colours(file: Path) -> None:

@@ -13,6 +13,7 @@ from nnunet_ssl.commands.interrupted_labels import RECORD, finished_labels
 from nnunet_ssl.commands.labeling import write_labels
 from nnunet_ssl.data.nifti import require_complete
 from nnunet_ssl.data.scans import unpacked
+from nnunet_ssl.dataset_conversion.staging import write_image
 from nnunet_ssl.system.disk import FullDisk
 
 LABELS = np.random.default_rng(0).integers(0, 3, (20, 20, 20)).astype(np.uint8)
@@ -47,6 +48,12 @@ def test_labels_that_a_full_disk_has_cut_off_are_said_and_do_not_count(tmp_path)
     with files_up_to(1500), pytest.raises(FullDisk, match="has no room"):
         write_labels("b", LABELS, *where)
     assert finished_labels(tmp_path, "model", scans, ".nii.gz") == {"a"}
+
+
+def test_a_converted_dataset_is_not_half_written(tmp_path):
+    file = tmp_path / "a.nii.gz"
+    with files_up_to(1500), pytest.raises(ValueError, match=r"a\.nii\.gz ends before its last voxel"):
+        write_image(sitk.GetImageFromArray(LABELS), file)
 
 
 def test_a_dicom_series_that_found_no_room_is_said(tmp_path):
