@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import deepcopy
+from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,12 +140,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def half_batches(self, size: int) -> list[slice]:
         """Slices of at most half a batch of that size: two graphs of one need no more memory than one of the batch.
 
-        The whole batch where its samples depend on each other: in batch normalisation, or in a Dice over all GPUs. A
-        single sample is one slice.
+        An odd batch has three of nearly one size. The whole batch where its samples depend on each other: in batch
+        normalisation, or in a Dice over all GPUs. A single sample is one slice.
         """
         joint = has_batch_norm(self.network) or (self.is_ddp and self.configuration_manager.batch_dice)
-        step = size if joint else max(1, size // 2)
-        return [slice(begin, begin + step) for begin in range(0, size, step)]
+        number = 1 if joint else ceil(size / max(1, size // 2))
+        return [slice(size * i // number, size * (i + 1) // number) for i in range(number)]
 
     def new_network(self) -> nn.Module:
         """A further network, built and randomly initialised as nnU-Net does with the first one."""
@@ -342,6 +343,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             stop_loaders(self.dataloader_train, self.dataloader_val)
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         super().on_train_epoch_start()
+        for network in self.trained_networks():  # nnU-Net thinks of one, and validates with the deployed one
+            network.train()
 
     def train_step(self, batch: dict) -> dict:
         labeled = f"labeled images ({', '.join(batch.get('keys', []))})"
@@ -483,6 +486,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.current_epoch = checkpoint["current_epoch"]
         if state is not None:
             self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase
+        if self.current_epoch < self.num_epochs <= self.supervised_epochs:
+            raise ValueError(
+                f"{file} is of a training whose first {self.supervised_epochs} epochs are supervised, and now "
+                f"num_epochs is {self.num_epochs}: none would be left for the unlabeled scans. Set more, or train "
+                f"anew without --c."
+            )
         self._restart_optimizer()
         with first_groups_only(self.optimizer):
             super().load_checkpoint(str(file))

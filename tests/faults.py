@@ -290,6 +290,7 @@ def no_space_left(epoch: int) -> Callable:
 
         def on_epoch_end():
             if trainer.current_epoch == epoch:
+                sys.dont_write_bytecode = True  # Python cuts it off without an error
                 size = (Path(trainer.output_folder) / "checkpoint_latest.pth").stat().st_size
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
             original()

@@ -25,6 +25,7 @@ from torch import nn
 from nnunet_ssl.blocks.networks import forward_with_features, frozen_copy, logits
 from nnunet_ssl.commands.export import export_model
 from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
+from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY
 from nnunet_ssl.training.history import NAMES
@@ -149,6 +150,19 @@ def test_a_deployed_teacher_is_validated_and_the_student_kept(tiny_dataset, tmp_
     # the deployed weights are stored once, not a second time under companions
     shared = state["network_weights"][name].untyped_storage().data_ptr()
     assert ours["companions"]["teacher"][name].untyped_storage().data_ptr() == shared
+
+
+class DeploysTheSecond(nnUNetTrainerCPS):
+    def inference_network(self):
+        return self.companions.student_2
+
+
+def test_a_deployed_second_student_learns_in_train_mode_after_its_validation(tiny_dataset):
+    trainer = started(DeploysTheSecond, tiny_dataset)
+    trainer.on_validation_epoch_start()
+    assert not trainer.companions.student_2.training
+    trainer.on_train_epoch_start()
+    assert trainer.companions.student_2.training
 
 
 def test_pretrained_weights_reach_the_companions(tiny_dataset):

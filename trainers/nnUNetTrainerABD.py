@@ -7,6 +7,7 @@ what nnUNetTrainerBCP says of BCP, and:
 - A block that is moved is that of the image before anything has moved (released: the second move sees the first).
 - A loss is the mean of those of both mixes, each with a Dice of its own. nnU-Net's Dice + cross entropy has the scale
   of the released loss in that form, which is half of it, summed over both mixes: the weights are those released.
+- The strong view of unlabeled scans is nnU-Net's intensity augmentation (released: color jitter and cutout).
 - Labeled scans have one view, the teacher labels the weak view for both students, the first phase trains one student
   and copies it, and both have one optimizer.
 - The first student is deployed, as in BCP.

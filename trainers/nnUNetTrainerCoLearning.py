@@ -9,7 +9,7 @@ Differs from the paper on purpose (it has no public code):
   Dice alone were measured to be worse (benchmarks/results).
 - Student 1 is deployed: it was ahead of the teacher (benchmarks/results), or equal after a supervised training.
 - Dice is nnU-Net's, which leaves the background out. Where nnU-Net takes it over the whole batch, the Dice of Eq. 4-9
-  is taken over each half of it.
+  is taken over each half of it (of an odd batch, each third).
 - Eq. 4-9 learn from hard pseudo labels.
 - Eq. 15-17 compare the student's probabilities with the label of a labeled voxel, and with the teacher's probabilities
   of an unlabeled one.

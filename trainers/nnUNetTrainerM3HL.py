@@ -136,8 +136,8 @@ class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):
     complement of half a's masks, as in the released code for ACDC (Eq. 2: "similarly"); L_low (Eq. 4) is a mean over
     the feature map; features are taken in the encoder, as the paper says, where the released code has the decoder's;
     the weights of labeled and pseudo-labeled voxels are those of the released code, because Eq. 3 swaps them; the
-    teacher starts as a copy, is in eval mode and sees a weak view. The paper does not say which network is deployed;
-    the released code keeps the student, and so do we.
+    teacher starts as a copy, is in eval mode, sees a weak view, and its EMA warms up. The paper does not say which
+    network is deployed; the released code keeps the student, and so do we.
     """
 
     supervised_part = 0.0

@@ -5,8 +5,8 @@ goes through them too), labeled scans have nnU-Net's Dice and cross entropy with
 alone), as the mean over the decoders, further decoders start as copies of the first one but for their upsampling, so
 that they are of use after a supervised training, and the ramp-up ends within the training. Relative to the labeled loss
 the weight lies between those released: half of the left atrium's, five times that of ACDC. The first decoder is
-deployed, as in the released code. The halves of a batch follow each other, for the sake of memory: each has its own
-mean over annotated voxels, and its own Dice where nnU-Net takes that of a batch.
+deployed, as in the released code. The halves of a batch (thirds of an odd one) follow each other, for the sake of
+memory: each has its own mean over annotated voxels, and its own Dice where nnU-Net takes that of a batch.
 """
 
 from nnunet_ssl.blocks.losses import labeled_loss, probability_mse

@@ -1,8 +1,9 @@
 """Mean Teacher: Tarvainen & Valpola 2017 (arXiv:1703.01780), as the SSL4MIS benchmark adapts it to segmentation.
 
 Differs from that code on purpose: the teacher sees a weak view (spatial augmentation only) plus noise and is in eval
-mode, the ramp-up ends within the training (there it is as long, 30,000 steps), and the weight is doubled because
-nnU-Net's Dice + cross entropy is twice that code's supervised loss.
+mode, the ramp-up ends within the training (there it is as long, 30,000 steps) and begins with the first step (there the
+consistency has no weight in the first 1,000), and the weight is doubled because nnU-Net's Dice + cross entropy is twice
+that code's supervised loss.
 """
 
 import torch

@@ -6,6 +6,7 @@ Differs from the released code on purpose:
   float32, from a probe that convolutions do not round away (released: 1e-6).
 - The teachers' logits are averaged as they are (released: only those of seven classes).
 - The box of CutMix has one size and lies inside of the patch; the strong view is nnU-Net's intensity augmentation.
+- The teachers' decay is the paper's 0.99, with a warm-up (released: 0.996).
 - There are no first epochs in which the three networks learn from labels alone, each for itself. The ramp-up of the
   unlabeled weight has their place: a part of the training and a sigmoid (released: a cosine). In the first epoch both
   teachers are updated.

@@ -71,12 +71,16 @@ def _can_be_masked(loss: nn.Module) -> bool:
     return all(weight is None for weight in weights) and not getattr(loss.ce, "label_smoothing", 0)
 
 
-def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+def _require_plain(loss: nn.Module) -> None:
     if not _can_be_masked(loss):
         raise NotImplementedError(
-            f"The masked loss is implemented for nnU-Net's DC_and_CE_loss and DC_and_BCE_loss without class weights "
-            f"and label smoothing, not for {loss}."
+            f"Losses with pseudo labels are implemented for nnU-Net's DC_and_CE_loss and DC_and_BCE_loss without class "
+            f"weights and label smoothing, not for {loss}."
         )
+
+
+def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+    _require_plain(loss)
     masks, regions = [mask.bool() for mask in masks], type(loss) is DC_and_BCE_loss
     if regions and loss.use_ignore_label:
         masks, target = [mask & ~target[:, -1:].bool() for mask in masks], target[:, :-1]
@@ -111,8 +115,12 @@ def cross_entropy(loss: nn.Module, logits: Tensor, target: Tensor, weight: Tenso
 
     Returns:
         Scalar, the mean over all voxels whose weight is not 0; 0 where there is none.
+
+    Raises:
+        NotImplementedError: another loss than nnU-Net's Dice and cross entropy, class weights or label smoothing.
     """
     loss = full_resolution(loss)
+    _require_plain(loss)
     if type(loss) is DC_and_BCE_loss:
         target = target[:, : logits.shape[1]]  # without the channel of ignored voxels
     entropy = _entropy(loss, logits, target)

@@ -37,9 +37,13 @@ class Network:
 
 
 def network_weights(checkpoint: dict) -> dict[str, dict[str, Tensor]]:
-    """Weights of a checkpoint's networks by name, the deployed one first; one of nnU-Net's own has a student alone."""
+    """Weights of a checkpoint's trained networks by name, the deployed one first.
+
+    There is a student alone in a checkpoint of nnU-Net's own, and in one of a supervised phase, in which no other
+    network learns.
+    """
     ours = checkpoint.get(CHECKPOINT_KEY)
-    if ours is None:
+    if ours is None or ours.get("step") == 0 < ours.get("supervised_epochs", 0):
         return {"student": checkpoint["network_weights"]}
     deployed = {ours["inference_network"]: checkpoint["network_weights"]}
     return deployed | {n: w for n, w in {"student": ours["student"], **ours["companions"]}.items() if n not in deployed}

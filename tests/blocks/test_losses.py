@@ -377,6 +377,8 @@ def test_settings_of_the_cross_entropy_that_the_masked_loss_does_not_know_are_re
     logits, target = torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
     with pytest.raises(NotImplementedError, match="class weights and label smoothing"):
         masked_loss(loss, logits, target, torch.ones_like(target))
+    with pytest.raises(NotImplementedError, match="class weights and label smoothing"):
+        cross_entropy(loss, logits, target)
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -249,6 +249,7 @@ from nnunet_ssl.cli import main
 original, done = DefaultPreprocessor.run_case_save, []
 def limited(*arguments):
     if done:  # the second case finds the disk full
+        sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     done.append(arguments)
     original(*arguments)

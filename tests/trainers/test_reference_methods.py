@@ -104,7 +104,7 @@ def test_cps(labels, labels_dataset, size):
     assert_terms(groups, expected)
 
 
-@pytest.mark.parametrize(("size", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 2]), (5, [2, 2, 1])])
+@pytest.mark.parametrize(("size", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 2]), (7, [2, 2, 3])])
 def test_both_graphs_of_a_part_are_no_larger_than_one_of_the_batch(tiny_dataset, size, parts):
     trainer, seen = started(nnUNetTrainerCPS, tiny_dataset), []
     trainer.companions.student_2.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))

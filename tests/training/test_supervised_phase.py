@@ -13,6 +13,7 @@ from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainerCosAnneal
 from tiny_trainers import make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
+from nnunet_ssl.commands.trained_models import network_weights
 from nnunet_ssl.data.loading import UnlabeledDataset
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
 from nnunet_ssl.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
@@ -141,6 +142,12 @@ def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_d
     state = torch.load(epochs[0][2], weights_only=False)
     assert same(state["network_weights"], epochs[0][0])
     assert state[CHECKPOINT_KEY]["inference_network"] == "student"
+    # companions of the first phase have learnt nothing
+    networks = [[*network_weights(torch.load(file, weights_only=False))] for _, _, file in epochs[:3]]
+    assert networks == [["student"], ["student"], ["teacher", "student"]]
+    shorter = make_trainer(DeploysTheTeacher, tiny_dataset, num_epochs=2, supervised_part=0.5)
+    with pytest.raises(ValueError, match="whose first 2 epochs are supervised, and now num_epochs is 2: none would be"):
+        shorter.load_checkpoint(str(epochs[0][2]))
     for done in (1, 2, 3):
         seed(99)
         resumed = make_trainer(DeploysTheTeacher, tiny_dataset, num_epochs=4, supervised_part=0.0)
