@@ -15,7 +15,7 @@ def read_h5(file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError(f"Reading {file} needs h5py: pip install 'nnunet-ssl[h5]'") from error
+        raise ImportError(f"Reading {file} needs h5py: pip install h5py") from error
     try:
         with h5py.File(file) as content:
             absent = {"image", "label"} - set(content)

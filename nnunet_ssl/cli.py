@@ -169,7 +169,8 @@ def _add_split(commands) -> None:
     )
     what.add_argument("--add", nargs="+", metavar="CASE", help=text)
     parser.add_argument("--val", type=int, help="validation cases, the same in every fold (default: 20 %% of all)")
-    parser.add_argument("--seed", type=int, default=12345)
+    text = "of the draw of validation and labeled cases (default: 12345)"
+    parser.add_argument("--seed", type=int, default=12345, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace splits_final.json (a backup is kept)")
     parser.add_argument("-f", dest="fold", type=_fold, help="--add: the fold that gets the labels")
     parser.add_argument("--new-fold", action="store_true", help="--add: leave -f as it is, and append a fold")

@@ -22,7 +22,8 @@ from nnunet_ssl.training.checkpoints import CHECKPOINT_KEY, read_checkpoint
 
 PROVENANCE_KEY = "nnunet_ssl_provenance"
 NEEDED = ("plans.json", "dataset.json")
-FOLD_FILES = ("debug.json", "progress.png", "network_architecture.pdf")  # where they are there
+# where they are there; not debug.json, in which our trainers name their cases
+FOLD_FILES = ("progress.png", "network_architecture.pdf")
 
 
 def export_model(

@@ -31,7 +31,7 @@ def make_executor(folder: Path, settings: dict[str, str | int], cluster: str = "
     try:
         import submitit
     except ImportError as error:
-        raise ImportError("--launcher slurm needs submitit: pip install nnunet-ssl[slurm]") from error
+        raise ImportError("--launcher slurm needs submitit: pip install submitit") from error
     several = sorted({"nodes", "tasks_per_node", "ntasks_per_node", "map_count"} & settings.keys())
     if several:
         raise ValueError(f"--slurm {several[0]}: every job is one process on one node. Leave it out.")

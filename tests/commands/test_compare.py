@@ -443,6 +443,18 @@ def test_test_scans_and_labels_that_do_not_fit_are_refused(trained, fake, capsys
     refused(trained, capsys, "imagesTs has no file")
 
 
+def test_folds_of_different_numbers_of_labels_are_warned_of(tmp_path, capsys):
+    splits, folds = (
+        tmp_path / "splits_final.json",
+        [{"train": [*"ab"], "val": ["y"]}, {"train": [*"abc"], "val": ["y"]}],
+    )
+    save_splits(splits, [*folds, {"train": [*"abcd"], "val": ["y"]}], overwrite=True)
+    run_module.say_unequal(splits, [0, 1, "all"])
+    assert "WARNING" not in capsys.readouterr().out
+    run_module.say_unequal(splits, [0, 1, 2])
+    assert "WARNING: the folds have 2 to 4 labeled cases, and the table has the mean" in capsys.readouterr().out
+
+
 def test_colors_are_channels_in_one_file(dataset):
     raw = dataset / "raw" / "Dataset801_Compare"
     description = json.loads((raw / "dataset.json").read_text())
@@ -474,7 +486,7 @@ def test_settings_for_slurm_are_checked(trained, fake, capsys, slurm):
 
 def test_submitit_is_asked_for_only_where_it_is_needed(trained, fake, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    refused(trained, capsys, "pip install nnunet-ssl[slurm]", "--launcher", "slurm")
+    refused(trained, capsys, "pip install submitit", "--launcher", "slurm")
     assert compare() == 0
 
 

@@ -15,7 +15,7 @@ from nnunet_ssl.commands.compare.table import case_values, comma_separated, late
 from nnunet_ssl.data.dataset_json import channel_names, read_dataset_json
 from nnunet_ssl.data.preprocessed import load_plans
 from nnunet_ssl.data.scans import find_scans
-from nnunet_ssl.data.splits import check_fold, labels_learnt, require_hidden
+from nnunet_ssl.data.splits import check_fold, labels_learnt, read_fold, require_hidden
 from nnunet_ssl.system.cluster import make_executor, run_jobs
 from nnunet_ssl.system.device import require_device
 from nnunet_ssl.system.files import replacing
@@ -88,6 +88,7 @@ def compare(
     if not train:
         check_trained(jobs)
     check_labels(jobs)
+    say_unequal(Path(paths.nnUNet_preprocessed, name, "splits_final.json"), folds)
 
     for folder in (output / "logs", output / "predictions"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +176,17 @@ def check_labels(jobs: Sequence[Job]) -> None:
             raise ValueError(
                 f"{job.model} was trained with {counted(number, 'labeled case')}, {first} with {other}: the split has "
                 f"changed between them. Move the older one away, and train it again."
+            )
+
+
+def say_unequal(splits: Path, folds: Sequence[int | str]) -> None:
+    """Warns where folds have different numbers of labels, as `nnunet-ssl split --labeled 8 16` makes them."""
+    if splits.is_file():
+        labels = [len(read_fold(splits, fold)["train"]) for fold in folds if fold != "all"]
+        if labels and max(labels) > 1.5 * min(labels):  # those of a cross-validation differ by one case
+            print(
+                f"WARNING: the folds have {min(labels)} to {max(labels)} labeled cases, and the table has the mean of "
+                f"all folds. Compare them one by one, each with its own -o."
             )
 
 
