@@ -125,7 +125,7 @@ class DeploysTheTeacher(nnUNetTrainerM3HL):
         return self.companions.teacher
 
 
-def test_a_deployed_teacher_is_validated_and_the_student_kept(tiny_dataset, tmp_path):
+def test_a_deployed_teacher_is_validated_and_the_student_kept(tiny_dataset, tmp_path, monkeypatch):
     trainer = started(DeploysTheTeacher, tiny_dataset)
     for _ in range(2):
         trainer.train_step(next(trainer.dataloader_train))
@@ -138,6 +138,11 @@ def test_a_deployed_teacher_is_validated_and_the_student_kept(tiny_dataset, tmp_
     assert shown["loss"] == pytest.approx(teacher.item(), rel=1e-5)
     assert shown["loss"] != pytest.approx(student.item(), rel=1e-5)
     assert trainer.network.training  # the student was not switched to eval mode in passing
+
+    validated = []
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, _: validated.append(self.network))
+    trainer.perform_actual_validation()
+    assert validated == [trainer.companions.teacher]
 
     trainer.logger.local_logger.my_fantastic_logging["mean_fg_dice"].append(0.0)
     trainer.save_checkpoint(str(tmp_path / "c.pth"))

@@ -68,6 +68,7 @@ def whole_training(trainer_class, dataset, file, rank):
     seed(rank)
     trainer = on_cpu(trainer_class, dataset, num_epochs=1, num_iterations_per_epoch=STEPS)
     trainer.initialize()  # before the start, as nnU-Net does for -pretrained_weights: companions are made anew
+    save(trainer, file.with_name("begun_" + file.name))
     trainer.run_training()
     assert trainer.batch_size == 1  # of 2
     assert trainer.step == STEPS

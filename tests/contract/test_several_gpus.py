@@ -33,7 +33,10 @@ def flat(state):
 
 @pytest.mark.parametrize("trainer_class", every_trainer())
 def test_all_networks_are_equal_on_all_ranks(trainer_class, two_processes):
-    first, second = (torch.load(two_processes / f"whole_{trainer_class.__name__}_{rank}.pt") for rank in (0, 1))
+    files = [two_processes / f"whole_{trainer_class.__name__}_{rank}.pt" for rank in (0, 1)]
+    begun = [torch.load(file.with_name("begun_" + file.name)) for file in files]
+    assert all(torch.equal(flat(weights), flat(begun[1][name])) for name, weights in begun[0].items() if weights)
+    first, second = map(torch.load, files)
     assert first.keys() == second.keys()
     for name in (name for name, weights in first.items() if weights):
         torch.testing.assert_close(flat(first[name]), flat(second[name]), rtol=0, atol=1e-6)

@@ -22,7 +22,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ssl.data.augmentation import NEEDS_LABELS, OnDevice, split_transforms
-from nnunet_ssl.data.loading import Batch, LabeledDataLoader, PairedDataLoader, UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.loading import (
+    Batch,
+    LabeledDataLoader,
+    PairedDataLoader,
+    UnlabeledDataLoader,
+    UnlabeledDataset,
+    to_device,
+)
 from nnunet_ssl.data.preprocessed import find_unlabeled
 from nnunet_ssl.training.preflight import check_channels
 
@@ -321,8 +328,8 @@ def test_augmentation_on_the_device_gives_the_same_views(patch, mask):
                 sample = {name: view[None] for name, view in loader.augment(crop.clone()).items()}
                 if not strong_view:
                     assert "unlabeled" not in sample
-                    strong, weak = OnDevice(transforms)(sample["unlabeled_weak"], sample.get("outside"))
-                    sample = {"unlabeled": strong, "unlabeled_weak": weak}
+                    views = to_device(sample, torch.device("cpu"), True, OnDevice(transforms))
+                    sample = {"unlabeled": views.unlabeled, "unlabeled_weak": views.unlabeled_weak}
                 found.append(sample)
             for name, view in found[0].items():
                 assert torch.equal(view, found[1][name]), name

@@ -14,6 +14,7 @@ from nnunet_ssl.blocks.networks import frozen_copy, logits, update_ema
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3
 from nnunet_ssl.training.health import NOT_FINITE_STEPS, Health
+from nnunet_ssl.training.random_state import seed_from_environment
 
 
 class Breaks(SemiSupervisedTrainer):
@@ -190,6 +191,13 @@ def test_two_runs_with_the_same_seed_have_the_same_losses(tiny_dataset, monkeypa
     assert run(tiny_dataset, "7", monkeypatch) == first
     assert run(tiny_dataset, "8", monkeypatch) != first
     assert run(tiny_dataset, None, monkeypatch) != run(tiny_dataset, None, monkeypatch)
+
+
+def test_every_rank_has_a_seed_of_its_own(monkeypatch):
+    monkeypatch.setenv("nnUNet_ssl_seed", "7")
+    drawn = {seed_from_environment(rank): torch.rand(1).item() for rank in (0, 1)}
+    assert drawn.keys() == {7, 8}
+    assert len(set(drawn.values())) == 2
 
 
 def test_with_a_seed_nothing_depends_on_measured_times(tiny_dataset, monkeypatch):

@@ -186,6 +186,10 @@ def test_the_phase_has_whole_epochs_and_leaves_one_for_the_method(part, epochs, 
     trainer.initialize()
     assert trainer.supervised_epochs == expected
     assert trainer.max_steps == 2 * (epochs - expected)
+    steps = range(trainer.max_steps)  # of the method's phase, of which its schedules are parts
+    assert [trainer.is_whole(step) for step in steps] == [step >= (1 - trainer.unmixed) * len(steps) for step in steps]
+    trainer.rampup, trainer.step = 0.5, len(steps) // 2
+    assert trainer.ramp == 1
 
 
 @pytest.mark.parametrize("part", [1.0, -0.1])
