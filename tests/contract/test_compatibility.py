@@ -24,12 +24,14 @@ from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.paths import nnUNet_raw, nnUNet_results
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 from tiny import make_raw_dataset, plan, preprocess
 from tiny_trainers import EVERY_STREAM, every_trainer, make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.commands.preprocess import preprocess_unlabeled
+from nnunet_ssl.data.augmentation import split_transforms
 from nnunet_ssl.data.splits import save_splits
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerCoLearning import nnUNetTrainerCoLearning
@@ -178,6 +180,23 @@ def test_anisotropic_two_channels_mask_normalised_batch_dice_odd_batch(
     images = [batch[name] for name in ("data", "unlabeled") if name in batch]
     assert images
     assert all(image.shape[:2] == (3, 2) for image in images)
+
+
+def described(transform):
+    """Type and settings of a transform and of those inside."""
+    inner = getattr(transform, "transforms", None) or filter(None, [getattr(transform, "transform", None)])
+    settings = {name: repr(value) for name, value in vars(transform).items() if " at 0x" not in repr(value)}
+    return type(transform).__name__, settings, [described(t) for t in inner]
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_lowres"])
+def test_patches_are_augmented_as_by_nnunet(configuration, tiny_special_dataset):
+    trainer = started(nnUNetTrainerM3HL, tiny_special_dataset, configuration)
+    ours, (stock, _) = trainer.dataloader_train.data_loader, nnUNetTrainer.get_dataloaders(trainer)
+    expected = stock.data_loader.transforms
+    assert described(ours.labeled.transforms) == described(expected)
+    found = (ours.unlabeled.geometry, ours.unlabeled.intensity, ours.unlabeled.masking)
+    assert [*map(described, found)] == [*map(described, split_transforms(expected))]
 
 
 @every

@@ -66,7 +66,10 @@ def groups_of_terms(trainer, batch):
 def test_losses_are_named_finite_scalars(trainer_class, configuration, dataset, request):
     trainer = started(trainer_class, configuration, dataset, request)
     trainer.loss.weight_factors = [2 / 3, 1 / 3]  # networks of tests are so small that nnU-Net's second one is 0
-    groups = groups_of_terms(trainer, trainer._to_device(next(trainer.dataloader_train)))
+    batch, groups = trainer._to_device(next(trainer.dataloader_train)), []
+    for step in (0, trainer.max_steps - 1) if hasattr(trainer, "is_whole") else (0,):  # mixed and whole patches
+        trainer.step = step
+        groups += groups_of_terms(trainer, batch)
     assert any(groups)
     decoders = [getattr(network, "decoder", network) for network in map(unwrap, trainer.trained_networks())]
     second = [d.seg_layers[0].weight for d in decoders if hasattr(d, "seg_layers")]

@@ -21,6 +21,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_ssl.data import loading
 from nnunet_ssl.data.augmentation import NEEDS_LABELS, OnDevice, split_transforms
 from nnunet_ssl.data.loading import (
     Batch,
@@ -634,6 +635,16 @@ def test_every_worker_draws_other_numbers(tmp_path):
     finally:
         augmenter._finish()
     assert first[0] != first[1]
+
+
+def test_a_loader_without_the_other_one_begins_its_workers_too(tmp_path, monkeypatch):
+    begun, pair = [], paired_loader(tmp_path)
+    monkeypatch.setattr(loading, "begin_worker", lambda: begun.append(1))
+    manager = LabelManager({"background": 0, "blob": 1}, None)
+    labeled = LabeledDataLoader(pair.labeled._data, 2, PATCH[3], PATCH[3], label_manager=manager)
+    for loader in (labeled, pair.unlabeled):
+        loader.set_thread_id(0)
+    assert len(begun) == 2
 
 
 # ---- find_unlabeled ----
