@@ -17,13 +17,34 @@ PARTS = (0.0, 0.45, 0.95)  # of the training that are done
 
 @pytest.fixture
 def half(monkeypatch):
-    """Switches `train_step` to half precision, where it has single precision on a CPU."""
+    """Switches `train_step` to half precision, where it has single precision on a CPU.
 
-    def switch(on: bool):
-        how = (lambda: torch.autocast("cpu", torch.float16)) if on else contextlib.nullcontext
-        monkeypatch.setattr(base, "nullcontext", how)
+    Returns the encoders whose weights older versions of torch would have cast without gradient, and would go on with.
+    """
+
+    def switch(on: bool) -> set:
+        stale = set()
+
+        @contextlib.contextmanager
+        def autocast():
+            with torch.autocast("cpu", torch.float16):
+                yield
+            stale.clear()
+
+        monkeypatch.setattr(base, "nullcontext", autocast if on else contextlib.nullcontext)
+        monkeypatch.setattr(torch, "clear_autocast_cache", stale.clear)
+        return stale
 
     return switch
+
+
+def watch(encoder, stale):
+    def before(*_):
+        if torch.is_autocast_enabled("cpu"):
+            assert encoder not in stale or not torch.is_grad_enabled()
+            stale.update(() if torch.is_grad_enabled() else {encoder})
+
+    encoder.register_forward_pre_hook(before)
 
 
 def started(trainer_class, dataset, scaled):
@@ -56,8 +77,11 @@ def compared(trainer_class, dataset, half, monkeypatch):
     for part in PARTS:
         found = []
         for on in (False, True):
-            half(on)
+            stale = half(on)
             trainer = started(trainer_class, dataset, on)
+            for network in trainer.trained_networks():
+                if hasattr(network, "encoder"):
+                    watch(network.encoder, stale)
             batch = next(trainer.dataloader_train)
             trainer.step = int(part * trainer.max_steps)
             found.append(gradients(trainer, batch, monkeypatch))
