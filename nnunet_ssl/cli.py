@@ -237,7 +237,10 @@ def _add_pseudo_label(commands) -> None:
     parser.add_argument("--uncertain", choices=["keep", "ignore"], default="keep", help=text)
     text = "leave out so many scans, those on which the models disagree most"
     parser.add_argument("--drop-worst", type=int, default=0, metavar="N", help=text)
-    text = "folder of nnunet-ssl rank: its labels are taken, no scan is read or predicted: most options have no effect"
+    text = (
+        "folder of nnunet-ssl rank: its labels are taken, nothing is predicted, and -tr, -chk, --also, --accept, "
+        "-device and --disable_tta have no effect"
+    )
     parser.add_argument("--predictions", type=Path, metavar="OUT", help=text)
     _add_accept(parser)
     _add_prediction(parser)

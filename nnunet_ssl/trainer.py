@@ -486,7 +486,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.current_epoch = checkpoint["current_epoch"]
         if state is not None:
             self.supervised_epochs = state.get("supervised_epochs", 0)  # earlier versions had no such phase
-        if self.current_epoch < self.num_epochs <= self.supervised_epochs:
+        unfinished = self._continued and state is not None and state["step"] == 0
+        if unfinished and self.num_epochs <= self.supervised_epochs:
             raise ValueError(
                 f"{file} is of a training whose first {self.supervised_epochs} epochs are supervised, and now "
                 f"num_epochs is {self.num_epochs}: none would be left for the unlabeled scans. Set more, or train "

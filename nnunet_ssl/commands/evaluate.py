@@ -12,8 +12,8 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determin
 from scipy import ndimage
 
 from nnunet_ssl.data.dataset_json import read_dataset_json
+from nnunet_ssl.data.nifti import require_complete
 from nnunet_ssl.data.scan_checks import as_text, geometry
-from nnunet_ssl.data.scans import unpacked
 from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.pool import run_all, worker_pool
 from nnunet_ssl.system.wording import counted
@@ -115,9 +115,10 @@ def read_pair(
 
     A 2D image has two axes.
     """
-    with unpacked(prediction_file, "") as ours, unpacked(reference_file, "") as theirs:
-        prediction, properties = reader().read_seg(str(ours))
-        reference, wanted = reader().read_seg(str(theirs))
+    for file in (prediction_file, reference_file):
+        require_complete(file)
+    prediction, properties = reader().read_seg(str(prediction_file))
+    reference, wanted = reader().read_seg(str(reference_file))
     expected = geometry(reference, wanted)
     for key, value in geometry(prediction, properties).items():
         if np.shape(value) != np.shape(expected[key]) or not np.allclose(value, expected[key], rtol=1e-4, atol=1e-3):

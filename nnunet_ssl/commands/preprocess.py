@@ -112,13 +112,12 @@ def preprocess_unlabeled(
             write_settings(target, preprocessing_settings(plans, configuration), chosen)
         unfinished = {target: temporary_folder(target, part_id, num_parts) for target in targets}
         write_cases(pool, share, jobs, targets, unfinished, plans, dataset_json)
+    before = set.intersection(*finished.values()) & share.keys()
+    if before and images != raw / "imagesUn":
+        are = counted(len(before), "case of the same name is", "cases of the same names are")
+        print(f"Not all of {images} was read: {are} there already. If these are other scans, rename them.")
     for target, cases in finished.items():
         print(f"Unlabeled cases in {target}: {len(cases | share.keys())}, {len(share.keys() - cases)} of them new.")
-        if images != raw / "imagesUn" and cases & share.keys():
-            print(
-                f"Not read again, because cases of their names were there: {len(cases & share.keys())} of {images}. "
-                f"Scans of several folders need names of their own."
-            )
         name_changed(target, cases, share)
         if cases - scans.keys():
             print(f"Still there and in use, though not in {images}: {', '.join(sorted(cases - scans.keys()))}")

@@ -1,6 +1,7 @@
 """NIfTI files as they are stored: nnU-Net's readers replace what is no number, and fill up what is cut off."""
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
 
 HEADERS = {348: Nifti1Header, 540: Nifti2Header}  # by the number of bytes, which the first four say
 
@@ -33,26 +35,42 @@ class Stored:
 
 
 def stored(stream: BinaryIO) -> Stored | None:
-    """What the header of an open, unpacked file says; None where it is no NIfTI file with header and voxels in one."""
+    """What the header of an open, unpacked file says; None where it is no NIfTI file with header and voxels in one.
+
+    Raises: EOFError where the header is cut off.
+    """
     begin = stream.read(4)
     size = min(int.from_bytes(begin, "little"), int.from_bytes(begin, "big"))
     if size not in HEADERS:
         return None
-    header = HEADERS[size](begin + stream.read(size - 4), check=False)
+    text = begin + stream.read(size - 4)
+    if len(text) < size:
+        raise EOFError("the header is cut off")
+    header = HEADERS[size](text, check=False)
     if not bytes(header["magic"]).startswith(b"n+"):
         return None
-    slope, intercept = header.get_slope_inter()
-    scaled = slope not in (None, 1) or intercept not in (None, 0)
     shape = tuple(int(number) for number in reversed(header.get_data_shape()))
-    return Stored(shape, header.get_data_dtype(), header.get_data_offset(), scaled)
+    try:
+        dtype = header.get_data_dtype()
+    except (HeaderDataError, KeyError):  # not known
+        return None
+    try:
+        scaled = header.get_slope_inter() not in ((None, None), (1, 0))
+    except HeaderDataError:  # an odd one, of which readers make what they want
+        scaled = True
+    return Stored(shape, dtype, header.get_data_offset(), scaled)
 
 
-def require_complete(file: Path) -> None:
+def require_complete(file: Path, original: Path | None = None) -> None:
     """Looks whether a file has all the voxels of its header; files of other formats than NIfTI are passed over.
 
     SimpleITK writes to a full disk without an error, and reads 0 where voxels are missing.
 
-    Raises: ValueError where they are not all there.
+    Args:
+        file: packed or not.
+        original: what it was unpacked from.
+
+    Raises: ValueError that names the original, or the file, where they are not all there.
     """
     if not file.name.endswith((".nii", ".nii.gz")):
         return
@@ -62,11 +80,11 @@ def require_complete(file: Path) -> None:
             end = 1 if how is None else how.offset + int(np.prod(how.shape)) * how.dtype.itemsize
             stream.seek(end - 1)
             complete = stream.read(1)
-        except EOFError:  # of gzip
+        except (EOFError, zlib.error):  # of gzip
             complete = b""
     if not complete:
         raise ValueError(
-            f"{file.name} ends before its last voxel: it was copied or written in part, or a disk was full"
+            f"{original or file} is cut off or damaged: it was copied or written in part, or a disk was full"
         )
 
 

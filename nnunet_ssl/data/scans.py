@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,12 +140,14 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
             with gzip.open(file) as source, path.open("wb") as unpacked:
                 try:
                     shutil.copyfileobj(source, unpacked, 2**20)
+                except (EOFError, zlib.error):
+                    pass  # what is missing is said below
                 except OSError as error:
                     if not is_full(error):  # a damaged file, or a drive that fails
                         raise
                     text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
                     raise FullDisk(f"{text}. Set TMPDIR to a folder with room.") from error
-            require_complete(path)
+            require_complete(path, file)
             yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))

@@ -307,7 +307,7 @@ def test_a_file_that_is_cut_off_has_no_dice(folder, folders, capsys):
     file = folders / folder / "case_1.nii.gz"
     file.write_bytes(file.read_bytes()[:-30])
     assert run(folders) == 1
-    assert "case_1: " in capsys.readouterr().err
+    assert f"{file} is cut off or damaged" in capsys.readouterr().err
     assert not (folders / "prediction" / "evaluation.csv").exists()
 
 

@@ -440,7 +440,7 @@ def test_a_finished_case_whose_scan_is_newer_is_named(folder, images, capsys):
     before, file = (target_of(folder) / f"{CASES[0]}.pkl").stat().st_mtime_ns, images / f"{CASES[0]}_0001.nii.gz"
     said = capsys.readouterr().out
     assert "WARNING" not in said
-    assert "Not read again" not in said
+    assert "was read" not in said
     os.utime(file, ns=(before + 1, before + 1))
     (images / f"{CASES[1]}_0000.nii.gz").unlink()
     (images / f"{CASES[1]}_0000.nii.gz").symlink_to(images / "nowhere")
@@ -452,7 +452,7 @@ def test_a_finished_case_whose_scan_is_newer_is_named(folder, images, capsys):
     preprocess(images=images)
     said = capsys.readouterr().out
     assert "2, 1 of them new" in said
-    assert f"Not read again, because cases of their names were there: 1 of {images}. Scans of several folders" in said
+    assert f"Not all of {images} was read: 1 case of the same name is there already. If these are other" in said
 
 
 def test_a_finished_case_that_was_labeled_since_is_refused(folder, images):

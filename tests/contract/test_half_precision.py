@@ -23,7 +23,7 @@ def half(monkeypatch):
     """
 
     def switch(on: bool) -> set:
-        stale = set()
+        stale, clear = set(), torch.clear_autocast_cache
 
         @contextlib.contextmanager
         def autocast():
@@ -32,7 +32,7 @@ def half(monkeypatch):
             stale.clear()
 
         monkeypatch.setattr(base, "nullcontext", autocast if on else contextlib.nullcontext)
-        monkeypatch.setattr(torch, "clear_autocast_cache", stale.clear)
+        monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (stale.clear(), clear()))
         return stale
 
     return switch

@@ -281,7 +281,7 @@ def broken(tmp_path, kind):
         ("no cine", "1 training patients have no patientXXX_4d.nii.gz"),
         ("label value", "patient038_frame04_gt.nii.gz has the labels [7]"),
         ("size", "patient038_frame04_gt.nii.gz: size"),
-        ("cut off", "patient038_frame04.nii.gz ends before its last voxel"),
+        ("cut off", "patient038_frame04.nii.gz is cut off or damaged"),
         ("cine size", "patient038_4d.nii.gz: shape (time, z, y, x)"),
     ],
 )

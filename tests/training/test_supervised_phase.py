@@ -145,9 +145,12 @@ def test_a_training_continues_before_at_and_after_the_boundary_to_the_bit(tiny_d
     # companions of the first phase have learnt nothing
     networks = [[*network_weights(torch.load(file, weights_only=False))] for _, _, file in epochs[:3]]
     assert networks == [["student"], ["student"], ["teacher", "student"]]
-    shorter = make_trainer(DeploysTheTeacher, tiny_dataset, num_epochs=2, supervised_part=0.5)
-    with pytest.raises(ValueError, match="whose first 2 epochs are supervised, and now num_epochs is 2: none would be"):
-        shorter.load_checkpoint(str(epochs[0][2]))
+    for done, number in ((1, 2), (1, 1), (2, 1), (2, 2)):
+        shorter = make_trainer(DeploysTheTeacher, tiny_dataset, num_epochs=number, supervised_part=0.5, _continued=True)
+        with pytest.raises(
+            ValueError, match=f"first 2 epochs are supervised, and now num_epochs is {number}: none would"
+        ):
+            shorter.load_checkpoint(str(epochs[done - 1][2]))
     for done in (1, 2, 3):
         seed(99)
         resumed = make_trainer(DeploysTheTeacher, tiny_dataset, num_epochs=4, supervised_part=0.0)

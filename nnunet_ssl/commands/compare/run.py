@@ -183,7 +183,7 @@ def say_unequal(splits: Path, folds: Sequence[int | str]) -> None:
     """Warns where folds have different numbers of labels, as `nnunet-ssl split --labeled 8 16` makes them."""
     if splits.is_file():
         labels = [len(read_fold(splits, fold)["train"]) for fold in folds if fold != "all"]
-        if labels and max(labels) > 1.5 * min(labels):  # those of a cross-validation differ by one case
+        if labels and max(labels) - min(labels) > 1:  # those of a cross-validation differ by one case
             print(
                 f"WARNING: the folds have {min(labels)} to {max(labels)} labeled cases, and the table has the mean of "
                 f"all folds. Compare them one by one, each with its own -o."
