@@ -13,6 +13,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
+CUT_OFF = (EOFError, zlib.error)  # what gzip raises where a file ends too early
 HEADERS = {348: Nifti1Header, 540: Nifti2Header}  # by the number of bytes, which the first four say
 
 
@@ -61,31 +62,32 @@ def stored(stream: BinaryIO) -> Stored | None:
     return Stored(shape, dtype, header.get_data_offset(), scaled)
 
 
-def require_complete(file: Path, original: Path | None = None) -> None:
-    """Looks whether a file has all the voxels of its header; files of other formats than NIfTI are passed over.
+def is_complete(file: Path) -> bool:
+    """Whether a file, packed or not, has all the voxels of its header; True for other formats than NIfTI.
 
     SimpleITK writes to a full disk without an error, and reads 0 where voxels are missing.
-
-    Args:
-        file: packed or not.
-        original: what it was unpacked from.
-
-    Raises: ValueError that names the original, or the file, where they are not all there.
     """
     if not file.name.endswith((".nii", ".nii.gz")):
-        return
+        return True
     with opened(file) as stream:
         try:
             how = stored(stream)
             end = 1 if how is None else how.offset + int(np.prod(how.shape)) * how.dtype.itemsize
             stream.seek(end - 1)
-            complete = stream.read(1)
-        except (EOFError, zlib.error):  # of gzip
-            complete = b""
-    if not complete:
-        raise ValueError(
-            f"{original or file} is cut off or damaged: it was copied or written in part, or a disk was full"
-        )
+            return bool(stream.read(1))
+        except CUT_OFF:
+            return False
+
+
+def require_complete(file: Path) -> None:
+    """Raises `cut_off` for a file that is not complete."""
+    if not is_complete(file):
+        raise cut_off(file)
+
+
+def cut_off(file: Path) -> ValueError:
+    """What there is to say of a file that is not complete."""
+    return ValueError(f"{file} is cut off or damaged: it was copied or written in part, or a disk was full")
 
 
 def refuse_colours(file: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.data.dataset_json import channel_names
-from nnunet_ssl.data.nifti import is_packed, require_complete
+from nnunet_ssl.data.nifti import CUT_OFF, cut_off, is_complete, is_packed, require_complete
 from nnunet_ssl.data.preprocessed import finished_cases
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.system.disk import FullDisk, is_full
@@ -140,14 +139,15 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
             with gzip.open(file) as source, path.open("wb") as unpacked:
                 try:
                     shutil.copyfileobj(source, unpacked, 2**20)
-                except (EOFError, zlib.error):
-                    pass  # what is missing is said below
+                except CUT_OFF as error:
+                    raise cut_off(file) from error
                 except OSError as error:
                     if not is_full(error):  # a damaged file, or a drive that fails
                         raise
                     text = f"{scratch} has no room to unpack {file.name} ({error.strerror})"
                     raise FullDisk(f"{text}. Set TMPDIR to a folder with room.") from error
-            require_complete(path, file)
+            if not is_complete(path):
+                raise cut_off(file)
             yield path
         return
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file))
@@ -156,11 +156,9 @@ def unpacked(file: Path, ending: str, to_keep: bool = False) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, f"{file.name}_0000{ending if to_keep else ending.removesuffix('.gz')}")
         sitk.WriteImage(read_series(file, series[0]), str(path))
-        try:
-            require_complete(path)
-        except ValueError as error:
-            text = f"{scratch} has no room for the DICOM series {file.name}. Set TMPDIR to a folder with room."
-            raise FullDisk(text) from error
+        if not is_complete(path):
+            text = f"{scratch} has no room for the DICOM series {file.name}"
+            raise FullDisk(f"{text}. Set TMPDIR to a folder with room.")
         yield path
 
 

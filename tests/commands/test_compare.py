@@ -444,15 +444,12 @@ def test_test_scans_and_labels_that_do_not_fit_are_refused(trained, fake, capsys
 
 
 def test_folds_of_different_numbers_of_labels_are_warned_of(tmp_path, capsys):
-    splits, folds = (
-        tmp_path / "splits_final.json",
-        [{"train": [*"ab"], "val": ["y"]}, {"train": [*"abc"], "val": ["y"]}],
-    )
-    save_splits(splits, [*folds, {"train": [*"abcd"], "val": ["y"]}], overwrite=True)
+    splits = tmp_path / "splits_final.json"
+    save_splits(splits, [{"train": [*cases], "val": ["y"]} for cases in ("abcd", "abcde", "abcdef")], overwrite=True)
     run_module.say_unequal(splits, [0, 1, "all"])
     assert "WARNING" not in capsys.readouterr().out
     run_module.say_unequal(splits, [0, 1, 2])
-    assert "WARNING: the folds have 2 to 4 labeled cases, and the table has the mean" in capsys.readouterr().out
+    assert "WARNING: the folds have 4 to 6 labeled cases, and the table has the mean" in capsys.readouterr().out
 
 
 def test_colors_are_channels_in_one_file(dataset):
