@@ -40,7 +40,7 @@ def test_odd_headers_are_left_to_the_readers(tmp_path):
     file = tmp_path / "scan.nii"
     tiny.write_image(file, LABELS)
     whole = bytearray(file.read_bytes())
-    for place, value in ((112, struct.pack("<2f", 1, np.nan)), (70, struct.pack("<h", 1))):  # slope, voxel type
+    for place, value in ((112, struct.pack("<2f", 1, np.nan)), (70, struct.pack("<h", 3))):  # slope, voxel type
         odd = whole.copy()
         odd[place : place + len(value)] = value
         file.write_bytes(odd)
