@@ -1,23 +1,25 @@
-"""Small structures: trains on made-up scans with lesions of less than 0.2 % of the volume, and measures on 20 others.
+"""Small structures: trains on made-up scans with lesions of less than 0.2 % of the volume, and measures on others.
 
     export nnUNet_raw=LESIONS/raw nnUNet_preprocessed=LESIONS/preprocessed nnUNet_results=LESIONS/results
-    python benchmarks/small_structures.py -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 --label before
-    python benchmarks/small_structures.py -tr nnUNetTrainerM3HL --seeds 0 1 2 --label after    # with other code
+    python benchmarks/small_structures.py -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 [--bf16]
+    python benchmarks/small_structures.py -tr nnUNetTrainerM3HL --set pseudo_dice=True --on development
 
-A patch is a 16th of a scan, so a random one seldom has a lesion in it: what a method learns from depends on the
-patches that nnU-Net puts on foreground, the last third of every batch. How many of those it uses is counted: a labeled
-patch is used where the loss has a gradient with respect to it.
+Every row is two trainings of as many steps, as in methods.py: `nnUNetTrainer` on the labeled scans, the same for all
+rows of a seed, and from its weights the row's trainer. The final checkpoint is used, nothing is selected. What is
+trained already is not trained again. One process and one thread per call. The scans are made, planned and preprocessed
+by the first call; the difficulty was chosen with nnUNetTrainer alone.
 
-The scans are made, planned and preprocessed by the first call; the difficulty was chosen with nnUNetTrainer alone.
-Every trainer takes the same number of steps. The final checkpoint is used, nothing is selected. What is trained already
-is not trained again; `--label` says which code it was. One process and one thread per call.
+A patch is a 16th of a scan: most have no lesion in them, but for those that nnU-Net puts on foreground, the last third
+of every batch. nnU-Net's Dice has a smoothing of 1e-5, which rewards a network that finds nothing in such a patch as
+soon as the probabilities of all voxels sum to less. In the large patches that nnU-Net plans they never do. In these
+they do, and then the network finds nothing anywhere (two of five trainings of nnUNetTrainer). So the smoothing is 0
+here for all trainers, as in nnU-Net's nnUNetTrainerDiceCELoss_noSmooth.
 """
 
 import argparse
 import csv
 import json
 import os
-import random
 import statistics
 import subprocess
 from pathlib import Path
@@ -31,17 +33,17 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args
-from phases import literal, use_channels_last
+from phases import literal, seed_all, use_bf16, use_channels_last
 from scipy import ndimage
 
-import nnunet_ssl
 from nnunet_ssl.commands.demo import direction, ellipsoid, grid, small_configuration, smooth_noise, write_image
 from nnunet_ssl.system.files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "small_structures.csv"
 DATASET = "Dataset998_SmallStructures"
 CONFIGURATION = "small"
-CASES = {"labeled": 6, "validation": 2, "unlabeled": 24, "test": 20}
+CASES = {"labeled": 6, "validation": 2, "unlabeled": 24, "test": 20, "development": 20}
+FOLDERS = {"unlabeled": "Un", "test": "Ts", "development": "Development"}  # endings; of the others Tr
 SEED = 0  # of the scans
 SHAPE = (60, 60, 60)  # voxels
 LARGEST_FRACTION = 0.002  # of a scan's voxels that are lesion
@@ -49,10 +51,17 @@ LESION = 80  # brightness above the background, whose mean is 100
 TEXTURE, NOISE = 10, 10  # standard deviations of the background's smooth texture and of the noise
 PATCH, FEATURES, BATCH_SIZE = (24, 24, 24), (8, 16, 32), 2
 STEPS_PER_EPOCH = 250
-RUN = ["trainer", "label", "steps", "seed"]  # what identifies a row of the table
-COUNTS = ["used", "used_with_foreground"]  # labeled patches of the training
-METRICS = ["dice", "lesions", "found", "false_positives"]  # of a case; Dice in percent
+FIRST = "nnUNetTrainer"  # whose weights every row starts from
+RUN = ["on", "trainer", "steps", "seed"]  # what identifies a row of the table
+METRICS = ["dice", "lesions", "found", "false_positives", "volume"]  # of a case; Dice in percent
 ALL_NEIGHBOURS = np.ones((3, 3, 3))
+HEAD = (
+    f"Lesions of less than {100 * LARGEST_FRACTION:.1f} % of a scan; {CASES['labeled']} labeled and "
+    f"{CASES['unlabeled']} unlabeled scans, {CASES['test']} to measure on. Every trainer starts from the weights of a "
+    f"{FIRST} with as many steps. Dice in percent, mean over the scans; a lesion is found where a voxel of it is "
+    "predicted; false: predicted components without a lesion, per scan; volume: predicted voxels per lesion voxel. "
+    "Means over the seeds, in brackets of each seed."
+)
 
 
 def make_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +95,7 @@ def make_dataset() -> None:
     rng = np.random.default_rng(SEED)
     names = {kind: [f"{kind}_{index:03d}" for index in range(number)] for kind, number in CASES.items()}
     for kind, cases in names.items():
-        ending = {"unlabeled": "Un", "test": "Ts"}.get(kind, "Tr")
+        ending = FOLDERS.get(kind, "Tr")
         for case in cases:
             image, label = make_case(rng)
             write_image(raw / f"images{ending}" / f"{case}_0000.nii.gz", image)
@@ -113,59 +122,50 @@ def make_dataset() -> None:
         temporary.write_text(json.dumps([{"train": names["labeled"], "val": names["validation"]}]))
 
 
-def train(args, trainer_name: str, seed: int) -> Path:
-    """Trains unless it is done already; returns the model's folder."""
-    name = f"{trainer_name}-{args.label}-{args.steps}-seed={seed}"
-    model = Path(nnUNet_results) / DATASET / f"{name}__nnUNetPlans__{CONFIGURATION}"
-    folder = model / "fold_0"
-    if (folder / "patches.json").is_file():
+def train(args, trainer_name: str, seed: int, start: Path | None = None) -> Path:
+    """Trains unless it is done already; returns the model's folder. `start`: the model whose weights are the first."""
+    name = "_".join([trainer_name, *args.settings] if start else [trainer_name, "first"])
+    model = Path(nnUNet_results) / DATASET / f"{name}-{args.steps}-seed={seed}__nnUNetPlans__{CONFIGURATION}"
+    if checkpoint(model).is_file():
         return model
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(seed)
+    seed_all(seed, 0)
     trainer = get_trainer_from_args(DATASET, CONFIGURATION, 0, trainer_name, device=torch.device("cpu"))
     trainer.num_iterations_per_epoch = STEPS_PER_EPOCH
     trainer.num_epochs = args.steps // STEPS_PER_EPOCH
     trainer.num_val_iterations_per_epoch = 5  # monitoring only
-    for key, value in args.settings.items():
+    if start and hasattr(trainer, "supervised_part"):
+        trainer.supervised_part = 0.0  # the first training was it
+    for key, value in (setting.split("=", 1) for setting in args.settings if start):
         if not hasattr(trainer, key):
             raise SystemExit(f"{trainer_name} has no setting {key}.")
-        setattr(trainer, key, value)
-    trainer.output_folder_base, trainer.output_folder = str(model), str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.log_file = str(folder / Path(trainer.log_file).name)
+        setattr(trainer, key, literal(value))
+    trainer.output_folder_base, trainer.output_folder = str(model), str(checkpoint(model).parent)
+    checkpoint(model).parent.mkdir(parents=True, exist_ok=True)
+    trainer.log_file = str(checkpoint(model).parent / Path(trainer.log_file).name)
     use_channels_last(trainer)
-    counts = count_patches(trainer)
+    if args.bf16:
+        use_bf16(trainer)
+    trainer.initialize()
+    for part in trainer.loss.modules():
+        if hasattr(part, "smooth"):
+            part.smooth = 0.0
+    if start:
+        weights = torch.load(checkpoint(start), map_location="cpu", weights_only=False)["network_weights"]
+        trainer.network.load_state_dict(weights)
+        seed_all(seed, 1)  # other batches than those of the first phase
     trainer.run_training()
-    (folder / "patches.json").write_text(json.dumps(counts))
     return model
 
 
-def count_patches(trainer) -> dict[str, int]:
-    """Lets the trainer count the labeled patches that its loss depends on, and how many of them show foreground there.
-
-    A patch of which only a part is used, in a mix, counts by its foreground in this part.
-    """
-    counts, step = dict.fromkeys(COUNTS, 0), trainer.train_step
-
-    def counting_step(batch: dict) -> dict:
-        image, target = batch["data"].requires_grad_(), batch["target"]
-        foreground = (target[0] if isinstance(target, list) else target) > 0
-        result = step(batch)
-        if image.grad is not None:
-            used = image.grad != 0
-            counts["used"] += int(used.flatten(1).any(1).sum())
-            counts["used_with_foreground"] += int((used & foreground).flatten(1).any(1).sum())
-        return result
-
-    trainer.train_step = counting_step
-    return counts
+def checkpoint(model: Path) -> Path:
+    return model / "fold_0" / "checkpoint_final.pth"
 
 
-def predict(model: Path) -> dict[str, list[float]]:
-    """The METRICS of every test scan, predicted without mirroring."""
+def predict(model: Path, on: str) -> dict[str, list[float]]:
+    """The METRICS of every scan, predicted without mirroring."""
     raw = Path(nnUNet_raw) / DATASET
-    labels = sorted((raw / "labelsTs").iterdir())
-    images = [[str(raw / "imagesTs" / file.name.replace(".nii.gz", "_0000.nii.gz"))] for file in labels]
+    labels = sorted((raw / f"labels{FOLDERS[on]}").iterdir())
+    images = [[str(raw / f"images{FOLDERS[on]}" / f.name.replace(".nii.gz", "_0000.nii.gz"))] for f in labels]
     predictor = nnUNetPredictor(
         use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
     )
@@ -178,86 +178,87 @@ def predict(model: Path) -> dict[str, list[float]]:
 
 
 def measure(prediction: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Dice in percent, lesions, how many of them have a predicted voxel, predicted components without a lesion voxel.
+    """The METRICS of a case: lesions, how many have a predicted voxel, predicted components without a lesion voxel.
 
-    Both masks have the same shape, and the reference is not empty.
+    Both masks have the same shape, and the reference is not empty. Volume: predicted voxels per voxel of a lesion.
     """
     lesions, number = ndimage.label(reference, ALL_NEIGHBOURS)
     components, predicted = ndimage.label(prediction, ALL_NEIGHBOURS)
     both = prediction & reference
     found, hits = (len(np.unique(parts[both])) for parts in (lesions, components))
-    return [200 * both.sum() / (prediction.sum() + reference.sum()), number, found, predicted - hits]
+    return [
+        200 * both.sum() / (prediction.sum() + reference.sum()),
+        number,
+        found,
+        predicted - hits,
+        prediction.sum() / reference.sum(),
+    ]
 
 
-def record(run: list[str], counts: dict[str, int], metrics: dict[str, list[float]]) -> None:
-    """Replaces this run's rows of the per-case CSV and writes the table anew; `run` holds the values of RUN."""
-    RESULTS.parent.mkdir(exist_ok=True)
+def record(run: list[str], metrics: dict[str, list[float]]) -> None:
+    """Replaces this run's rows of the per-case CSV and writes the tables anew; `run` holds the values of RUN."""
     rows = []
     if RESULTS.is_file():
         with RESULTS.open(newline="") as f:
             rows = [row for row in list(csv.reader(f))[1:] if row[: len(RUN)] != run]
-    patches = [str(counts[name]) for name in COUNTS]
-    rows += [[*run, *patches, case, f"{v[0]:.2f}", *(str(n) for n in v[1:])] for case, v in sorted(metrics.items())]
+    for case, (dice, *counts, volume) in sorted(metrics.items()):
+        rows.append([*run, case, f"{dice:.2f}", *map(str, counts), f"{volume:.2f}"])
     with replacing(RESULTS) as temporary, temporary.open("w", newline="") as f:
-        csv.writer(f).writerows([[*RUN, *COUNTS, "case", *METRICS], *rows])
+        csv.writer(f).writerows([[*RUN, "case", *METRICS], *rows])
     with replacing(RESULTS.with_suffix(".md")) as temporary:
-        temporary.write_text(table(rows))
+        temporary.write_text("\n\n".join([HEAD, *tables(rows)]) + "\n")
 
 
-def table(rows: list[list[str]]) -> str:
-    """One line per trainer and code: means over its seeds, and the Dice of every seed."""
+def tables(rows: list[list[str]]) -> list[str]:
+    """A table each for development and test scans, with a line per trainer."""
     runs: dict[tuple, list] = {}
     for row in rows:
-        figures = [*row[len(RUN) : -len(METRICS) - 1], *row[-len(METRICS) :]]  # without the case's name
-        runs.setdefault(tuple(row[: len(RUN)]), []).append([float(figure) for figure in figures])
-    groups: dict[tuple, dict] = {}
-    for (*group, seed), cases in sorted(runs.items()):
-        used, with_foreground, dice, lesions, found, false = zip(*cases, strict=True)
-        dice, false = statistics.mean(dice), sum(false) / len(false)
-        share = 100 * with_foreground[0] / used[0]
-        groups.setdefault(tuple(group), {})[seed] = (dice, 100 * sum(found) / sum(lesions), false, share)
-    lines = [
-        f"Lesions of less than {100 * LARGEST_FRACTION:.1f} % of a scan; {CASES['labeled']} labeled and "
-        f"{CASES['unlabeled']} unlabeled scans, {CASES['test']} test scans, final checkpoint, no mirroring at "
-        "prediction. Dice in percent, mean over test scans; a lesion is found where a voxel of it is predicted; false: "
-        "predicted components without a lesion, per scan; foreground: part of the used labeled patches that show a "
-        "lesion. Means over the seeds.",
-        "",
-        "| trainer | code | steps | seeds | Dice mean | Dice of each | lesions found | found of each | false | "
-        "false of each | foreground |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for group, seeds in groups.items():
-        dice, found, false, share = zip(*seeds.values(), strict=True)
-        cells = [*group, ", ".join(seeds), f"{statistics.mean(dice):.1f}", ", ".join(f"{x:.1f}" for x in dice)]
-        cells += [f"{statistics.mean(found):.0f} %", ", ".join(f"{x:.0f}" for x in found)]
-        cells += [f"{statistics.mean(false):.2f}", ", ".join(f"{x:.2f}" for x in false)]
-        lines.append(f"| {' | '.join(cells)} | {statistics.mean(share):.0f} % |")
-    return "\n".join(lines) + "\n"
+        runs.setdefault(tuple(row[: len(RUN)]), []).append([float(figure) for figure in row[len(RUN) + 1 :]])
+    lines: dict[str, dict] = {}
+    for (on, *line, seed), cases in sorted(runs.items()):
+        dice, lesions, found, false, volume = zip(*cases, strict=True)
+        shown = statistics.mean(dice), 100 * sum(found) / sum(lesions), statistics.mean(false), statistics.mean(volume)
+        lines.setdefault(on, {}).setdefault(tuple(line), {})[seed] = shown
+    found = []
+    for on, of_trainers in lines.items():
+        table = [
+            f"| {on} scans | steps | seeds | Dice | lesions found, % | false | volume |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for line, seeds in of_trainers.items():
+            columns = zip(*seeds.values(), strict=True)
+            cells = [*line, ", ".join(seeds), *map(mean_and_each, columns, (1, 0, 1, 2))]
+            table.append(f"| {' | '.join(cells)} |")
+        found.append("\n".join(table))
+    return found
+
+
+def mean_and_each(values: tuple[float, ...], digits: int) -> str:
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{statistics.mean(values):.{digits}f} ({each})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerM3HL"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--label", required=True, help="which code or settings these are, for the table")
+    parser.add_argument("--steps", type=int, default=4000, help="of each of the two trainings")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--on", choices=("development", "test"), default="test", help="the scans to measure on")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16; for CPUs with avx512_bf16 or AMX")
     args = parser.parse_args()
-    args.settings = {key: literal(value) for key, value in (setting.split("=", 1) for setting in args.settings)}
     if args.steps % STEPS_PER_EPOCH:
         parser.error(f"--steps must be a multiple of {STEPS_PER_EPOCH}.")
     torch.set_num_threads(1)
-    print(f"{args.label}: {Path(nnunet_ssl.__file__).parent}", flush=True)
     make_dataset()
-    for trainer in args.trainers:
-        for seed in args.seeds:
-            model = train(args, trainer, seed)
-            counts = json.loads((model / "fold_0" / "patches.json").read_text())
-            metrics = predict(model)
-            record([trainer, args.label, str(args.steps), str(seed)], counts, metrics)
+    for seed in args.seeds:
+        first = train(args, FIRST, seed)
+        for trainer in args.trainers:
+            metrics = predict(train(args, trainer, seed, first), args.on)
+            row = ", ".join([trainer, *args.settings])
+            record([args.on, row, str(args.steps), str(seed)], metrics)
             dice = statistics.mean(values[0] for values in metrics.values())
-            print(f"{trainer}, {args.label}, seed {seed}: Dice {dice:.2f}", flush=True)
+            print(f"{row}, seed {seed}, {args.on} scans: Dice {dice:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     mask_ratio = 0.5  # part of the cells of an unlabeled image that is masked and filled from a labeled one (Eq. 2)
     complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
+    pseudo_dice = True  # pseudo-labeled voxels have nnU-Net's Dice as well; False: its cross entropy alone
     unmixed = 0.6  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "matched"  # features are compared where both images show the same voxels; "all": Eq. 4 and 5
@@ -68,7 +69,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         mask = self.draw_masks(half, batch.image)
         image, target = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
         output, features = self.forward(self.network, image, self.feature_weight > 0)
-        labeled, unlabeled = masked_losses(self.loss, output, target, (mask, ~mask))
+        labeled, unlabeled = masked_losses(self.loss, output, target, (mask, ~mask), dice=(True, self.pseudo_dice))
         terms = {"labeled": labeled, "pseudo": self.pseudo_weight * unlabeled}
         if self.feature_weight:
             terms |= self.feature_terms(features, [halves(target) for target in target_features], ~mask, half)
@@ -99,9 +100,10 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         output = self.network(torch.cat([batch.image[:half], batch.unlabeled[-half:]]))
         labeled, unlabeled = (samples_of(output, part) for part in (slice(0, half), slice(half, None)))
         everything = torch.ones_like(batch.image[:half, :1], dtype=torch.bool)
+        pseudo_loss = masked_loss(self.loss, unlabeled, pseudo, everything, dice=self.pseudo_dice)
         return {
             "labeled": masked_loss(self.loss, labeled, batch.labels[:half], everything),
-            "pseudo": self.pseudo_weight * masked_loss(self.loss, unlabeled, pseudo, everything),
+            "pseudo": self.pseudo_weight * pseudo_loss,
         }
 
     def teach(self, image, with_features):
@@ -127,6 +129,17 @@ class nnUNetTrainerM3(nnUNetTrainerM3HL):
 
     feature_weight = 0.0
     unmixed = 0.4
+
+
+class nnUNetTrainerM3HLSmallStructures(nnUNetTrainerM3HL):
+    """M3HL for lesions and other small structures: pseudo-labeled voxels teach by cross entropy alone, not by Dice.
+
+    Dice gives the few voxels of a lesion as much weight as all voxels around it have together. Where a pseudo label has
+    a false lesion, the cross entropy of labeled patches is all that speaks against it, and it teaches more of them
+    (benchmarks/results/choices.md).
+    """
+
+    pseudo_dice = False
 
 
 class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):

@@ -10,7 +10,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
 
-def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor, mask: Tensor) -> Tensor:
+def masked_loss(
+    loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor, mask: Tensor, *, dice: bool = True
+) -> Tensor:
     """nnU-Net's own Dice and cross entropy, restricted to the voxels of a mask, at every deep-supervision scale.
 
     Where the mask is 1 everywhere this equals `loss` on targets that nnU-Net's transforms downsampled. Dice counts
@@ -23,6 +25,7 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
         output: logits (B, C, *spatial); with deep supervision a list of them, highest resolution first.
         target: labels at full resolution: (B, 1, *spatial), or the channels that nnU-Net gives regions.
         mask: (B, 1, *spatial), 1 or True where the voxel counts.
+        dice: False leaves nnU-Net's Dice out.
 
     Returns:
         Scalar in nnU-Net's scaling: cross entropy minus Dice, in [-1, inf).
@@ -30,22 +33,29 @@ def masked_loss(loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tens
     Raises:
         NotImplementedError: any other loss.
     """
-    (value,) = masked_losses(loss, output, target, [mask])
+    (value,) = masked_losses(loss, output, target, [mask], dice=[dice])
     return value
 
 
 def masked_losses(
-    loss: nn.Module, output: Tensor | Sequence[Tensor], target: Tensor, masks: Sequence[Tensor]
+    loss: nn.Module,
+    output: Tensor | Sequence[Tensor],
+    target: Tensor,
+    masks: Sequence[Tensor],
+    *,
+    dice: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """`masked_loss` for each of several masks; the cross entropy of the voxels is computed, and kept, once for all."""
+    dice = dice or [True] * len(masks)
     if not isinstance(loss, DeepSupervisionWrapper):
-        return _masked_dice_ce(loss, output, target, masks)
+        return _masked_dice_ce(loss, output, target, masks, dice)
     # a scale with weight 0 is never trained: keep it out, as nnU-Net does
     scales = [(w, o) for w, o in zip(loss.weight_factors, output, strict=True) if w != 0]
     found = []
     for weight, logits in scales:
         small = [downsample(mask, logits) for mask in masks]
-        found.append([weight * x for x in _masked_dice_ce(loss.loss, logits, downsample(target, logits), small)])
+        values = _masked_dice_ce(loss.loss, logits, downsample(target, logits), small, dice)
+        found.append([weight * x for x in values])
     return [sum(values) for values in zip(*found, strict=True)]
 
 
@@ -79,7 +89,9 @@ def _require_plain(loss: nn.Module) -> None:
         )
 
 
-def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+def _masked_dice_ce(
+    loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequence[Tensor], dice: Sequence[bool]
+) -> list[Tensor]:
     _require_plain(loss)
     masks, regions = [mask.bool() for mask in masks], type(loss) is DC_and_BCE_loss
     if regions and loss.use_ignore_label:
@@ -88,10 +100,11 @@ def _masked_dice_ce(loss: nn.Module, logits: Tensor, target: Tensor, masks: Sequ
         annotated = target != loss.ignore_label
         masks, target = [mask & annotated for mask in masks], torch.where(annotated, target, 0)
     voxels, values = _entropy(loss, logits, target), []
-    for mask in masks:
+    for mask, with_dice in zip(masks, dice, strict=True):
         counts = mask.float()  # not half: the number of voxels is beyond its range
-        entropy = (voxels * counts).sum() / counts.sum().clamp_min(1)
-        values.append(loss.weight_ce * entropy + loss.weight_dice * loss.dc(logits, target, loss_mask=counts))
+        values.append(loss.weight_ce * (voxels * counts).sum() / counts.sum().clamp_min(1))
+        if with_dice:
+            values[-1] = values[-1] + loss.weight_dice * loss.dc(logits, target, loss_mask=counts)
     return values
 
 

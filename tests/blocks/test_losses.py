@@ -17,6 +17,7 @@ from nnunet_ssl.blocks.losses import (
     kl_divergence,
     labeled_loss,
     masked_loss,
+    masked_losses,
     probability_mse,
     reweighted,
     shrink,
@@ -161,6 +162,17 @@ def test_a_mask_restricts_the_loss_to_its_voxels(dim, classes, batch_dice):
     loss = nnunet_loss(batch_dice, weight_ce=0.7, weight_dice=1.5)
     expected = by_hand(logits, target, mask, batch_dice, ce=0.7, dice=1.5)
     assert masked_loss(loss, logits, target, mask).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_mask_without_dice_has_the_cross_entropy_alone(deep):
+    logits, target, mask = random_logits(4, 3), random_target(4, 3), random_mask(3)
+    loss, output = nnunet_loss(deep=deep, weight_ce=0.7), logits if deep else logits[0]
+    both, alone = masked_losses(loss, output, target, (mask, ~mask), dice=(True, False))
+    assert torch.equal(both, masked_loss(loss, output, target, mask))
+    expected = masked_loss(reweighted(loss, cross_entropy=0.7, dice=0), output, target, ~mask)
+    torch.testing.assert_close(alone, expected)
+    assert torch.equal(alone, masked_loss(loss, output, target, ~mask, dice=False))
 
 
 @pytest.mark.parametrize(("dim", "classes", "batch_dice"), CASES)

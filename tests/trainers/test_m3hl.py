@@ -8,17 +8,23 @@ from equations import CLASSES, EVERY_KIND, assert_terms, started
 from tiny_trainers import seed
 
 from nnunet_ssl.blocks.mixing import block_mask
-from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainerM3HL, nnUNetTrainerM3HLPaper
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import (
+    nnUNetTrainerM3,
+    nnUNetTrainerM3HL,
+    nnUNetTrainerM3HLPaper,
+    nnUNetTrainerM3HLSmallStructures,
+)
 
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("pairs", ["all", "matched"])
-def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs):
+@pytest.mark.parametrize(("pairs", "dice"), [("all", True), ("matched", True), ("matched", False)])
+def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs, dice):
     trainer = started(
         nnUNetTrainerM3HL,
         labels_dataset,
         feature_pairs=pairs,
+        pseudo_dice=dice,
         pseudo_weight=0.3,
         feature_weight=0.7,
         mask_cells=2,
@@ -44,9 +50,10 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs):
         keep.append(mask)
     image, target, keep = torch.stack(images), torch.stack(targets), torch.stack(keep)
     logits = student(image)
+    pseudo_loss = labels.dice_and_cross_entropy if dice else labels.cross_entropy
     expected = {
         "labeled": labels.dice_and_cross_entropy(logits, target, keep),
-        "pseudo": 0.3 * labels.dice_and_cross_entropy(logits, target, ~keep),
+        "pseudo": 0.3 * pseudo_loss(logits, target, ~keep),
     }
     skips, teacher_skips = student.encoder(image), teacher.encoder(batch.unlabeled_weak)
     low, high = ([], []), ([], [])
@@ -81,9 +88,10 @@ def whole_cells(mask, shape):
 
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_dataset, size):
-    trainer = started(nnUNetTrainerM3HL, labels_dataset, pseudo_weight=0.3, unmixed=0.25, num_epochs=4)
+@pytest.mark.parametrize(("size", "dice"), [(1, True), (2, True), (2, False), (3, True), (4, True)])
+def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_dataset, size, dice):
+    settings = {"pseudo_weight": 0.3, "pseudo_dice": dice, "unmixed": 0.25, "num_epochs": 4}
+    trainer = started(nnUNetTrainerM3HL, labels_dataset, **settings)
     batch = labels.random_batch(size)
     half = (size + 1) // 2
     teacher, student = trainer.companions.teacher, trainer.network
@@ -96,9 +104,10 @@ def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_datase
             own, other = order[:half], order[size - half :]
             pseudo = labels.hard(teacher(batch.unlabeled_weak[other]))
             logits = student(torch.cat([batch.image[own], batch.unlabeled[other]]))
+            pseudo_loss = labels.dice_and_cross_entropy if dice else labels.cross_entropy
             expected = {
                 "labeled": labels.dice_and_cross_entropy(logits[:half], batch.target[own]),
-                "pseudo": 0.3 * labels.dice_and_cross_entropy(logits[half:], pseudo),
+                "pseudo": 0.3 * pseudo_loss(logits[half:], pseudo),
             }
             assert_terms([terms], expected)
 
@@ -150,12 +159,14 @@ def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(ti
 
 
 def test_the_variants_of_m3hl_differ_in_attributes_only():
-    own = {name: value for name, value in vars(nnUNetTrainerM3).items() if not name.startswith("__")}
-    assert own == {"feature_weight": 0.0, "unmixed": 0.4}
-    assert nnUNetTrainerM3.__bases__ == nnUNetTrainerM3HLPaper.__bases__ == (nnUNetTrainerM3HL,)
-    paper = {name: value for name, value in vars(nnUNetTrainerM3HLPaper).items() if not name.startswith("__")}
     weights = {"pseudo_weight": 0.5, "feature_weight": 0.5}
-    assert paper == {"supervised_part": 0.0, "unmixed": 0.0, "feature_pairs": "all", **weights}
+    for variant, expected in {
+        nnUNetTrainerM3: {"feature_weight": 0.0, "unmixed": 0.4},
+        nnUNetTrainerM3HLSmallStructures: {"pseudo_dice": False},
+        nnUNetTrainerM3HLPaper: {"supervised_part": 0.0, "unmixed": 0.0, "feature_pairs": "all", **weights},
+    }.items():
+        assert variant.__bases__ == (nnUNetTrainerM3HL,)
+        assert {name: value for name, value in vars(variant).items() if not name.startswith("__")} == expected
 
 
 def test_an_unknown_pairing_is_refused_at_the_start(tiny_dataset):
