@@ -2,7 +2,7 @@
 
     export nnUNet_raw=LESIONS/raw nnUNet_preprocessed=LESIONS/preprocessed nnUNet_results=LESIONS/results
     python benchmarks/small_structures.py -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 [--bf16]
-    python benchmarks/small_structures.py -tr nnUNetTrainerM3HL --set pseudo_dice=True --on development
+    python benchmarks/small_structures.py -tr nnUNetTrainerM3HL --set pseudo_dice=False --on development
 
 Every row is two trainings of as many steps, as in methods.py: `nnUNetTrainer` on the labeled scans, the same for all
 rows of a seed, and from its weights the row's trainer. The final checkpoint is used, nothing is selected. What is

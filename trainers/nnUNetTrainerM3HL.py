@@ -131,17 +131,6 @@ class nnUNetTrainerM3(nnUNetTrainerM3HL):
     unmixed = 0.4
 
 
-class nnUNetTrainerM3HLSmallStructures(nnUNetTrainerM3HL):
-    """M3HL for lesions and other small structures: pseudo-labeled voxels teach by cross entropy alone, not by Dice.
-
-    Dice gives the few voxels of a lesion as much weight as all voxels around it have together. Where a pseudo label has
-    a false lesion, the cross entropy of labeled patches is all that speaks against it, and it teaches more of them
-    (benchmarks/results/choices.md).
-    """
-
-    pseudo_dice = False
-
-
 class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):
     """M3HL with the paper's settings: mixed to the end, lambda and alpha 0.5, all four pairs of feature maps.
 

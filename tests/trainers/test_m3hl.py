@@ -8,12 +8,7 @@ from equations import CLASSES, EVERY_KIND, assert_terms, started
 from tiny_trainers import seed
 
 from nnunet_ssl.blocks.mixing import block_mask
-from nnunet_ssl.trainers.nnUNetTrainerM3HL import (
-    nnUNetTrainerM3,
-    nnUNetTrainerM3HL,
-    nnUNetTrainerM3HLPaper,
-    nnUNetTrainerM3HLSmallStructures,
-)
+from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainerM3HL, nnUNetTrainerM3HLPaper
 
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
@@ -162,7 +157,6 @@ def test_the_variants_of_m3hl_differ_in_attributes_only():
     weights = {"pseudo_weight": 0.5, "feature_weight": 0.5}
     for variant, expected in {
         nnUNetTrainerM3: {"feature_weight": 0.0, "unmixed": 0.4},
-        nnUNetTrainerM3HLSmallStructures: {"pseudo_dice": False},
         nnUNetTrainerM3HLPaper: {"supervised_part": 0.0, "unmixed": 0.0, "feature_pairs": "all", **weights},
     }.items():
         assert variant.__bases__ == (nnUNetTrainerM3HL,)
