@@ -57,8 +57,8 @@ METRICS = ["dice", "lesions", "found", "false_positives", "volume"]  # of a case
 ALL_NEIGHBOURS = np.ones((3, 3, 3))
 HEAD = (
     f"Lesions of less than {100 * LARGEST_FRACTION:.1f} % of a scan; {CASES['labeled']} labeled and "
-    f"{CASES['unlabeled']} unlabeled scans, {CASES['test']} to measure on. Every trainer starts from the weights of a "
-    f"{FIRST} with as many steps. Dice in percent, mean over the scans; a lesion is found where a voxel of it is "
+    f"{CASES['unlabeled']} unlabeled scans, {CASES['test']} to measure on. Every trainer starts from the weights of "
+    f"an {FIRST} with as many steps. Dice in percent, mean over the scans; a lesion is found where a voxel of it is "
     "predicted; false: predicted components without a lesion, per scan; volume: predicted voxels per lesion voxel. "
     "Means over the seeds, in brackets of each seed."
 )
