@@ -98,7 +98,7 @@ def fake_execute(program, arguments, log, environment=None, tick=lambda: None):
     if os.environ.get("KILL_AT") == trainer:
         os.kill(os.getpid(), signal.SIGKILL)
     if program == "nnUNetv2_train":
-        checkpoint(Path(os.environ["nnUNet_raw"]).parent, trainer, arguments[2])
+        checkpoint(Path((environment or os.environ)["nnUNet_results"]).parent, trainer, arguments[2])
         return 0
     output, raw = Path(option(arguments, "-o")), Path(os.environ["nnUNet_raw"], "Dataset801_Compare")
     output.mkdir(exist_ok=True)
@@ -374,7 +374,7 @@ def test_a_trainer_with_one_failed_fold_has_no_numbers(dataset, fake, monkeypatc
     monkeypatch.setattr(
         job_module,
         "execute",
-        lambda program, arguments, log, tick: option(arguments, "-f") == "1" or fake_execute(program, arguments, log),
+        lambda program, arguments, log, **more: option(arguments, "-f") == "1" or fake_execute(program, arguments, log),
     )
     assert compare(trainers=["nnUNetTrainer"], folds=["0", "1"]) == 1
     row = table(dataset)["nnUNetTrainer"]
@@ -387,7 +387,7 @@ def test_a_first_trainer_that_broke_leaves_the_others_without_a_test(trained, fa
     monkeypatch.setattr(
         job_module,
         "execute",
-        lambda program, arguments, log, tick: (
+        lambda program, arguments, log, **more: (
             option(arguments, "-tr") == "nnUNetTrainer" or fake_execute(program, arguments, log)
         ),
     )
@@ -521,6 +521,102 @@ def test_a_job_tells_the_epoch_and_the_number_of_scans(trained, fake, monkeypatc
     monkeypatch.setattr(run_module, "show", lambda bar, job, step, shown: told.append(step))
     assert compare("--train", trainers=THREE[1:2]) == 0
     assert told == ["training", "training (epoch 7)", "prediction (3 of 3)", "evaluation"]
+
+
+# ---- several trainings ----
+
+
+@pytest.fixture
+def seeds(dataset, fake, monkeypatch):
+    """Two folders of results with two trainers; what M3HL predicts is moved in the second one only, by one voxel."""
+    folders = [dataset / name / "results" for name in ("one", "two")]
+    for folder in folders:
+        for trainer in THREE[::2]:
+            checkpoint(folder.parent, trainer)
+
+    def execute(program, arguments, log, environment=None, tick=lambda: None):
+        monkeypatch.setitem(SHIFT, "nnUNetTrainerM3HL", int(environment["nnUNet_results"] == str(folders[1])))
+        return fake_execute(program, arguments, log, environment, tick)
+
+    monkeypatch.setattr(job_module, "execute", execute)
+    return folders
+
+
+def of_results(folder):
+    return folder / "Dataset801_Compare" / "comparison_nnUNetPlans_3d_fullres"
+
+
+def test_the_mean_over_several_trainings_is_compared_and_each_is_shown(seeds, fake, capsys):
+    twice = seeds[0].parent / ".." / "one" / "results"  # counts once
+    assert compare("--results", *map(str, (*seeds, twice)), trainers=THREE[::2]) == 0
+    assert fake() == [f"nnUNetv2_predict {trainer}" for trainer in THREE[::2] for _ in seeds]
+    with (of_results(seeds[0]) / "comparison.csv").open(newline="") as f:
+        first, second = csv.DictReader(f)
+    # as it is in one training, moved by one voxel of three, four and five in the other
+    moved = 100 * np.array([2 / 3, 3 / 4, 4 / 5])
+    values = (100 + moved) / 2
+    assert float(second["Dice_percent_mean"]) == pytest.approx(values.mean())
+    assert float(second["Dice_percent_sd"]) == pytest.approx(values.std(ddof=1))
+    assert float(second["wilcoxon_p"]) == pytest.approx(0.25)
+    assert [float(second[f"Dice_percent_training_{i}"]) for i in (1, 2)] == pytest.approx([100, moved.mean()])
+    assert first["Dice_percent_training_1"] == first["Dice_percent_training_2"] == first["Dice_percent_mean"]
+    assert second["cases"] == "3"
+    shown = capsys.readouterr().out
+    assert "| p | Dice of each training (%) |" in shown
+    assert "| 100.00, 73.89 |" in shown
+    assert "then over the folds and 2 trainings." in shown
+    assert "does not tell how much two trainings" not in shown
+    assert "Dice of each training" in (of_results(seeds[0]) / "comparison.tex").read_text(encoding="utf-8")
+    assert "100.00, 73.89" in Page(of_results(seeds[0]) / "comparison.html").texts["table"]
+    assert not (of_results(seeds[1]) / "comparison.csv").exists()
+
+
+def test_what_was_compared_for_one_training_is_not_predicted_again_for_several(seeds, fake, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_results", str(seeds[1]))
+    monkeypatch.setattr(paths, "nnUNet_results", str(seeds[1]))
+    assert compare(trainers=THREE[::2]) == 0
+    assert "Dice of each training" not in capsys.readouterr().out
+    fake()
+    output = seeds[0].parents[1] / "both"
+    assert compare("--results", *map(str, seeds), "-o", str(output), trainers=THREE[::2]) == 0
+    assert fake() == [f"nnUNetv2_predict {trainer}" for trainer in THREE[::2]]
+    assert {file.name for file in output.iterdir()} == {f"comparison.{e}" for e in ("csv", "html", "md", "png", "tex")}
+    folders = {file.name for file in of_results(seeds[0]).iterdir()}
+    assert folders == {"logs", "predictions"}
+
+
+def test_a_training_that_is_missing_is_named_with_its_folder_or_trained_there(seeds, fake, monkeypatch, capsys):
+    third = seeds[0].parents[1] / "three" / "results"
+    words = ("--results", *map(str, seeds), str(third))
+    assert compare(*words, trainers=THREE[:1]) == 1
+    assert f"nnUNet_results={third} nnUNetv2_train 801 3d_fullres 0 -tr nnUNetTrainer " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("nnUNet_ssl_seed", "0")
+        assert compare("--train", *words, trainers=THREE[:1]) == 1
+    assert "nnUNet_ssl_seed is set" in capsys.readouterr().err
+    of_results(seeds[1]).mkdir()
+    with locked(of_results(seeds[1]) / ".compare.lock", "comparing"):
+        assert compare("--train", *words, trainers=THREE[:1]) == 1
+    assert "has been comparing since" in capsys.readouterr().err
+    assert fake() == []
+    assert compare("--train", *words, trainers=THREE[:1]) == 0
+    assert fake().count("nnUNetv2_train nnUNetTrainer") == 1
+    assert (third / "Dataset801_Compare/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth").is_file()
+    assert of_results(third).is_dir()
+
+
+def test_a_failure_says_of_which_training_it_is(seeds, fake, monkeypatch, capsys):
+    monkeypatch.setattr(
+        job_module,
+        "execute",
+        lambda program, arguments, log, environment, tick: (
+            3
+            if environment["nnUNet_results"] == str(seeds[1])
+            else fake_execute(program, arguments, log, environment, tick)
+        ),
+    )
+    assert compare("--results", *map(str, seeds), trainers=THREE[:1]) == 1
+    assert f"| failed: fold 0 in {seeds[1]}: RuntimeError" in capsys.readouterr().out
 
 
 # ---- numbers ----

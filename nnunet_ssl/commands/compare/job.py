@@ -26,7 +26,12 @@ PROTOCOL = "strict"
 
 @dataclass(frozen=True)
 class Job:
-    """One trainer on one fold, with all that another computer of a cluster has to know; folders as in `compare`."""
+    """One trainer on one fold, with all that another computer of a cluster has to know; folders as in `compare`.
+
+    Attributes:
+        output: folder of the predictions and the log.
+        results: folder of the model in place of nnUNet_results, or None.
+    """
 
     dataset: str
     configuration: str
@@ -38,22 +43,30 @@ class Job:
     device: str
     num_processes: int
     mirroring: bool
+    results: Path | None = None
 
     @property
     def name(self) -> str:
+        """What no other job of a comparison is called."""
+        return self.stem if self.results is None else f"{self.stem} in {self.results}"
+
+    @property
+    def stem(self) -> str:
+        """Name of its files."""
         return f"{self.trainer}_fold_{self.fold}"
 
     @property
     def predictions(self) -> Path:
-        return self.output / "predictions" / self.name
+        return self.output / "predictions" / self.stem
 
     @property
     def log(self) -> Path:
-        return self.output / "logs" / f"{self.name}.log"
+        return self.output / "logs" / f"{self.stem}.log"
 
     @property
     def model(self) -> Path:
-        return Path(get_output_folder(self.dataset, self.trainer, self.plans, self.configuration, self.fold))
+        folder = get_output_folder(self.dataset, self.trainer, self.plans, self.configuration, self.fold)
+        return Path(self.results or paths.nnUNet_results, Path(folder).relative_to(paths.nnUNet_results))
 
     @property
     def raw(self) -> Path:
@@ -126,7 +139,7 @@ def run_job(job: Job, tell: Callable[[str], object]) -> None:
         job.model.parent.mkdir(parents=True, exist_ok=True)
         with locked(job.model.with_name(f".{job.model.name}.lock"), f"training {job.name} for {job.output}"):
             call(job, [*job.training(), "-device", job.device, *resume], lambda: tell(f"training{epoch(job.log)}"))
-    temporary = job.predictions.with_name(f".{job.name}.tmp")
+    temporary = job.predictions.with_name(f".{job.stem}.tmp")
     if not finished(job, temporary):  # it may have been ended just before the last step
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -167,7 +180,8 @@ def call(job: Job, command: Sequence[str], tick: Callable[[], object]) -> None:
     """Runs a command of nnU-Net with its output in the job's log; RuntimeError where it fails."""
     with job.log.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
-    code = execute(command[0], command[1:], job.log, tick=tick)
+    environment = os.environ | ({} if job.results is None else {"nnUNet_results": str(job.results)})
+    code = execute(command[0], command[1:], job.log, environment=environment, tick=tick)
     if code < 0:
         raise RuntimeError(f"{command[0]} was ended by {signal.Signals(-code).name}, often for want of memory")
     if code > 0:

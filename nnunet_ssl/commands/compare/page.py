@@ -23,9 +23,9 @@ def write_comparison(
         caption: what the numbers are.
         dice: per trainer that has not failed the Dice in [0, 1] of its cases.
     """
-    width = len(heads())
+    width = len(heads(rows))
     table = Table(
-        heads(), [[row.trainer, "failed"] + [""] * (width - 2) if row.failure else cells(row) for row in rows]
+        heads(rows), [[row.trainer, "failed"] + [""] * (width - 2) if row.failure else cells(row) for row in rows]
     )
     write_page(
         "comparison.html.j2",

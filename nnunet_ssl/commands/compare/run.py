@@ -1,5 +1,7 @@
 """Comparing trainers on the same folds: train, predict the test scans, evaluate; one table and one figure."""
 
+import contextlib
+import os
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from nnunet_ssl.system.files import replacing
 from nnunet_ssl.system.lock import locked
 from nnunet_ssl.system.quiet import quiet
 from nnunet_ssl.system.wording import counted
+from nnunet_ssl.training.random_state import SEED
 
 TABLE, FIGURE = "comparison", "comparison.png"  # the table's name, without its endings
 # a training of nnU-Net's 1000 epochs takes one to two days
@@ -41,6 +44,7 @@ def compare(
     device: str = "cuda",
     num_processes: int = 3,
     mirroring: bool = True,
+    results: Sequence[Path] = (),
 ) -> tuple[str, dict[str, str]]:
     """Predicts imagesTs with every trainer and fold, evaluates against labelsTs; writes a table, a figure and a page.
 
@@ -54,29 +58,42 @@ def compare(
         trainers: the others are tested against the first one.
         plans_identifier: of the models.
         output: folder for table, figure, page, predictions and logs; default: a folder in nnUNet_results/DATASET.
+            Where there are several folders of results, predictions and logs stay in those.
         train: train what is not trained yet, and go on with what is half trained.
         launcher: "local", one job after the other, or "slurm", a job of the cluster for every trainer and fold.
         slurm: settings of the cluster's jobs, see `make_executor`.
         device: "cuda", "cpu" or "mps".
         num_processes: for preprocessing, export and evaluation.
         mirroring: average predictions over mirrored images, nnU-Net's default; takes up to 8 times as long.
+        results: folders in place of nnUNet_results, each with a training of every trainer, as of several seeds: the
+            value of a case is the mean over them.
 
     Returns:
         The table in Markdown, and per trainer that failed the reason.
 
     Raises:
         FileNotFoundError: no dataset, test scans or trained model; the message has the fix.
-        ValueError: no such configuration, fold, trainer or device, or scans and labels that are not of the same cases.
+        ValueError: no such configuration, fold, trainer or device, scans and labels that are not of the same cases, or
+            several trainings with one seed.
         NotImplementedError: a cascade.
         ImportError: the launcher is "slurm" and submitit is not installed.
         RuntimeError: another comparison writes into the same folder.
     """
     name = str(maybe_convert_to_dataset_name(dataset))
     folds, trainers = list(dict.fromkeys(folds)), list(dict.fromkeys(trainers))  # each once
-    output = Path(output or Path(paths.nnUNet_results, name, f"comparison_{plans_identifier}_{configuration}"))
-    output = output.absolute()
-    shared = (output, train, device, max(1, num_processes), mirroring)
-    jobs = [Job(name, configuration, plans_identifier, t, fold, *shared) for t in trainers for fold in folds]
+    results = list(dict.fromkeys(Path(folder).resolve() for folder in results)) or [None]
+    usual = [
+        Path(folder or paths.nnUNet_results, name, f"comparison_{plans_identifier}_{configuration}").absolute()
+        for folder in results
+    ]
+    output = Path(output or usual[0]).absolute()
+    shared = (train, device, max(1, num_processes), mirroring)
+    jobs = [
+        Job(name, configuration, plans_identifier, trainer, fold, own if len(results) > 1 else output, *shared, folder)
+        for trainer in trainers
+        for folder, own in zip(results, usual, strict=True)
+        for fold in folds
+    ]
     check_dataset(name, configuration, plans_identifier, folds)
     check_trainers(trainers)
     executor = None
@@ -87,14 +104,25 @@ def compare(
         require_device(device)
     if not train:
         check_trained(jobs)
+    elif len(results) > 1 and SEED in os.environ and not all(map(trained, jobs)):
+        raise ValueError(
+            f"{SEED} is set: all trainings of a trainer of ours would begin with the same weights. Unset it, or train "
+            f"for one folder of results after the other."
+        )
     check_labels(jobs)
     say_unequal(Path(paths.nnUNet_preprocessed, name, "splits_final.json"), folds)
 
-    for folder in (output / "logs", output / "predictions"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(output / ".compare.lock", f"comparing into {output}"):
+    outputs = list(dict.fromkeys([output, *(job.output for job in jobs)]))
+    for job in jobs:
+        for folder in (job.log.parent, job.predictions.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for folder in outputs:
+            stack.enter_context(locked(folder / ".compare.lock", f"comparing into {folder}"))
         todo = [job for job in jobs if not finished(job, job.predictions)]
-        print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {output / 'logs'}")
+        logs = ", ".join(str(folder) for folder in dict.fromkeys(job.log.parent for job in jobs))
+        print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {logs}")
         by_name = {job.name: job for job in todo}
         failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, by_name)
         lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
@@ -102,7 +130,7 @@ def compare(
         failures |= {
             job.name: f"{job.predictions} is missing or old, run the command again; log: {job.log}" for job in lost
         }
-        return report(jobs, failures)
+        return report(jobs, failures, output)
 
 
 def check_dataset(name: str, configuration: str, plans_identifier: str, folds: Sequence[int | str]) -> None:
@@ -153,7 +181,11 @@ def check_trained(jobs: Sequence[Job]) -> None:
     """Raises where a trained model is missing, with the command that trains it."""
     missing = [job for job in jobs if not trained(job)]
     if missing:
-        commands = (shlex.join([*job.training(), "-device", job.device]) for job in missing)
+        commands = (
+            ("" if job.results is None else f"nnUNet_results={shlex.quote(str(job.results))} ")
+            + shlex.join([*job.training(), "-device", job.device])
+            for job in missing
+        )
         raise FileNotFoundError(
             f"Not trained: {len(missing)} of {counted(len(jobs), 'model')}. Add --train, or train them first:\n  "
             + "\n  ".join(commands)
@@ -211,7 +243,7 @@ def show(bar: tqdm, job: Job, step: str, shown: set[str]) -> None:
         step: its step and, in brackets, how far that is.
         shown: the steps that have a line; the present one is added.
     """
-    text = f"{job.trainer}, fold {job.fold}: {step}"
+    text = f"{job.trainer}, {place(job)}: {step}"
     name = text.partition(" (")[0]
     if bar.disable and name not in shown:
         print(name, flush=True)
@@ -219,25 +251,34 @@ def show(bar: tqdm, job: Job, step: str, shown: set[str]) -> None:
     bar.set_description(text)
 
 
-def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Writes table, figure and page into the jobs' output folder; what `compare` returns.
+def place(job: Job) -> str:
+    """Which training of its trainer a job is of."""
+    return f"fold {job.fold}" if job.results is None else f"fold {job.fold} in {job.results}"
+
+
+def report(jobs: Sequence[Job], failures: dict[str, str], output: Path) -> tuple[str, dict[str, str]]:
+    """Writes table, figure and page; what `compare` returns.
 
     Args:
         failures: reasons by the names of the jobs.
+        output: folder of the three.
     """
     by_trainer: dict[str, list[Job]] = {}
     for job in jobs:
         by_trainer.setdefault(job.trainer, []).append(job)
     failed = {
-        trainer: "; ".join(f"fold {job.fold}: {failures[job.name]}" for job in own if job.name in failures)
+        trainer: "; ".join(f"{place(job)}: {failures[job.name]}" for job in own if job.name in failures)
         for trainer, own in by_trainer.items()
     }
     failed = {trainer: reason for trainer, reason in failed.items() if reason}
-    values = {
-        trainer: {} if trainer in failed else case_values([job.predictions / "evaluation.csv" for job in own])
+    values = {trainer: {} if trainer in failed else cases_of(own) for trainer, own in by_trainer.items()}
+    folders = list(dict.fromkeys(job.results for job in jobs))
+    each = {
+        trainer: [cases_of([job for job in own if job.results == folder]) for folder in folders]
         for trainer, own in by_trainer.items()
+        if trainer not in failed and len(folders) > 1
     }
-    rows, text, output = make_rows(values, failed), caption(jobs), jobs[0].output
+    rows, text = make_rows(values, failed, each), caption(jobs)
     contents = {".md": markdown(rows, text), ".csv": comma_separated(rows), ".tex": latex(rows, text)}
     for ending, content in contents.items():
         with replacing(output / f"{TABLE}{ending}") as temporary:
@@ -254,17 +295,25 @@ def report(jobs: Sequence[Job], failures: dict[str, str]) -> tuple[str, dict[str
     return contents[".md"], failed
 
 
+def cases_of(jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+    """What `case_values` gives for these jobs."""
+    return case_values([job.predictions / "evaluation.csv" for job in jobs])
+
+
 def caption(jobs: Sequence[Job]) -> str:
     """What the numbers are."""
     job, folds = jobs[0], list(dict.fromkeys(str(job.fold) for job in jobs))
     mirrored = "with" if job.mirroring else "without"
+    number = len({job.results for job in jobs})
+    means, differ = "the folds", " It does not tell how much two trainings of the same trainer differ."
+    if number > 1:
+        means, differ = f"the folds and {number} trainings", ""
     return (
         f"{job.dataset}, {job.configuration}, {job.plans}, fold {', '.join(folds)}; final checkpoint, {mirrored} "
         f"mirroring at prediction. Mean ± standard deviation over the test cases. The value of a case is its mean over "
-        f"the labels and then over the folds. All voxels of a prediction count (protocol {PROTOCOL} of nnunet-ssl "
+        f"the labels and then over {means}. All voxels of a prediction count (protocol {PROTOCOL} of nnunet-ssl "
         f"evaluate). HD95 is the 95 % Hausdorff distance, ASD the average surface distance from prediction to "
         f"reference, both in mm. 'No distance' counts the cases in which one of the two masks is empty; they are left "
         f"out of HD95 and ASD. p is from a two-sided Wilcoxon signed-rank test of the Dice against {job.trainer}, "
-        f"paired by case and not corrected for the number of comparisons. It does not tell how much two trainings of "
-        f"the same trainer differ."
+        f"paired by case and not corrected for the number of comparisons.{differ}"
     )
