@@ -426,7 +426,10 @@ def _add_compare(commands) -> None:
         help="folder for table, figure, page, predictions and logs (default: comparison_PLANS_CONFIGURATION in the "
         "dataset's folder of nnUNet_results)",
     )
-    text = "folders in place of nnUNet_results, each with a training of every trainer, as of several seeds: their mean"
+    text = (
+        "folders in place of nnUNet_results, one for every seed: the means over their trainings are compared; "
+        "predictions and logs stay there, whatever -o is"
+    )
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FOLDER", help=text)
     parser.add_argument("--train", action="store_true", help="train what is not trained yet, go on with what is begun")
     text = "one job at a time, or a cluster"

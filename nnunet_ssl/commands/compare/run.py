@@ -112,16 +112,14 @@ def compare(
     check_labels(jobs)
     say_unequal(Path(paths.nnUNet_preprocessed, name, "splits_final.json"), folds)
 
-    outputs = list(dict.fromkeys([output, *(job.output for job in jobs)]))
-    for job in jobs:
-        for folder in (job.log.parent, job.predictions.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for folder in outputs:
+        for folder in dict.fromkeys([output, *(job.output for job in jobs)]):
+            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".compare.lock", f"comparing into {folder}"))
+        for folder in {folder for job in jobs for folder in (job.log.parent, job.predictions.parent)}:
+            folder.mkdir(exist_ok=True)
         todo = [job for job in jobs if not finished(job, job.predictions)]
-        logs = ", ".join(str(folder) for folder in dict.fromkeys(job.log.parent for job in jobs))
+        logs = ", ".join(dict.fromkeys(str(job.log.parent) for job in jobs))
         print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {logs}")
         by_name = {job.name: job for job in todo}
         failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, by_name)
