@@ -583,6 +583,8 @@ def test_what_was_compared_for_one_training_is_not_predicted_again_for_several(s
     assert {file.name for file in output.iterdir()} == {f"comparison.{e}" for e in ("csv", "html", "md", "png", "tex")}
     folders = {file.name for file in of_results(seeds[0]).iterdir()}
     assert folders == {"logs", "predictions"}
+    assert compare("--results", str(seeds[0]), "-o", str(output), trainers=THREE[::2]) == 0
+    assert fake() == []
 
 
 def test_a_training_that_is_missing_is_named_with_its_folder_or_trained_there(seeds, fake, monkeypatch, capsys):

@@ -58,7 +58,7 @@ def compare(
         trainers: the others are tested against the first one.
         plans_identifier: of the models.
         output: folder for table, figure, page, predictions and logs; default: a folder in nnUNet_results/DATASET.
-            Where there are several folders of results, predictions and logs stay in those.
+            Predictions and logs stay in `results`, where these are given.
         train: train what is not trained yet, and go on with what is half trained.
         launcher: "local", one job after the other, or "slurm", a job of the cluster for every trainer and fold.
         slurm: settings of the cluster's jobs, see `make_executor`.
@@ -89,7 +89,7 @@ def compare(
     output = Path(output or usual[0]).absolute()
     shared = (train, device, max(1, num_processes), mirroring)
     jobs = [
-        Job(name, configuration, plans_identifier, trainer, fold, own if len(results) > 1 else output, *shared, folder)
+        Job(name, configuration, plans_identifier, trainer, fold, own if folder else output, *shared, folder)
         for trainer in trainers
         for folder, own in zip(results, usual, strict=True)
         for fold in folds
