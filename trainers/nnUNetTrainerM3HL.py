@@ -35,6 +35,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
     pseudo_dice = True  # pseudo-labeled voxels have nnU-Net's Dice as well; False: its cross entropy alone
+    rampup = 0.0  # part of the training after which their weight is full; 0: from the start, as in the paper
     unmixed = 0.6  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "matched"  # features are compared where both images show the same voxels; "all": Eq. 4 and 5
@@ -70,7 +71,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         image, target = mix_halves(batch.image, batch.labels, batch.unlabeled, pseudo, mask)
         output, features = self.forward(self.network, image, self.feature_weight > 0)
         labeled, unlabeled = masked_losses(self.loss, output, target, (mask, ~mask), dice=(True, self.pseudo_dice))
-        terms = {"labeled": labeled, "pseudo": self.pseudo_weight * unlabeled}
+        terms = {"labeled": labeled, "pseudo": self.pseudo_weight * self.ramp * unlabeled}
         if self.feature_weight:
             terms |= self.feature_terms(features, [halves(target) for target in target_features], ~mask, half)
         return terms
@@ -103,7 +104,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
         pseudo_loss = masked_loss(self.loss, unlabeled, pseudo, everything, dice=self.pseudo_dice)
         return {
             "labeled": masked_loss(self.loss, labeled, batch.labels[:half], everything),
-            "pseudo": self.pseudo_weight * pseudo_loss,
+            "pseudo": self.pseudo_weight * self.ramp * pseudo_loss,
         }
 
     def teach(self, image, with_features):

@@ -1,6 +1,7 @@
 """M3HL's step against a direct implementation of the paper's equations, sample by sample."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3, nnUNetTrainer
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("pairs", "dice"), [("all", True), ("matched", True), ("matched", False)])
-def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs, dice):
+@pytest.mark.parametrize(
+    ("pairs", "dice", "rampup"), [("all", True, 0.0), ("matched", True, 0.0), ("matched", False, 0.75)]
+)
+def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs, dice, rampup):
     trainer = started(
         nnUNetTrainerM3HL,
         labels_dataset,
@@ -24,7 +27,10 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs, di
         feature_weight=0.7,
         mask_cells=2,
         unmixed=0.0,
+        rampup=rampup,
+        num_epochs=4,
     )
+    trainer.step = 3  # of 8
     batch = labels.random_batch(size)
     seed(5)
     groups = list(trainer.losses(batch))
@@ -48,7 +54,8 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, pairs, di
     pseudo_loss = labels.dice_and_cross_entropy if dice else labels.cross_entropy
     expected = {
         "labeled": labels.dice_and_cross_entropy(logits, target, keep),
-        "pseudo": 0.3 * pseudo_loss(logits, target, ~keep),
+        # exp(-5 (1 - t)^2), where 3 of 6 steps are done
+        "pseudo": 0.3 * (math.exp(-1.25) if rampup else 1) * pseudo_loss(logits, target, ~keep),
     }
     skips, teacher_skips = student.encoder(image), teacher.encoder(batch.unlabeled_weak)
     low, high = ([], []), ([], [])
@@ -83,9 +90,11 @@ def whole_cells(mask, shape):
 
 
 @pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
-@pytest.mark.parametrize(("size", "dice"), [(1, True), (2, True), (2, False), (3, True), (4, True)])
-def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_dataset, size, dice):
-    settings = {"pseudo_weight": 0.3, "pseudo_dice": dice, "unmixed": 0.25, "num_epochs": 4}
+@pytest.mark.parametrize(
+    ("size", "dice", "rampup"), [(1, True, 0.0), (2, True, 0.0), (2, False, 1.0), (3, True, 0.0), (4, True, 0.0)]
+)
+def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_dataset, size, dice, rampup):
+    settings = {"pseudo_weight": 0.3, "pseudo_dice": dice, "rampup": rampup, "unmixed": 0.25, "num_epochs": 4}
     trainer = started(nnUNetTrainerM3HL, labels_dataset, **settings)
     batch = labels.random_batch(size)
     half = (size + 1) // 2
@@ -102,7 +111,7 @@ def test_the_last_part_of_the_training_is_on_whole_patches(labels, labels_datase
             pseudo_loss = labels.dice_and_cross_entropy if dice else labels.cross_entropy
             expected = {
                 "labeled": labels.dice_and_cross_entropy(logits[:half], batch.target[own]),
-                "pseudo": 0.3 * pseudo_loss(logits[half:], pseudo),
+                "pseudo": 0.3 * math.exp(-5 * rampup * (1 - step / 8) ** 2) * pseudo_loss(logits[half:], pseudo),
             }
             assert_terms([terms], expected)
 
