@@ -2,7 +2,7 @@
 
     export nnUNet_raw=MADE_UP/raw nnUNet_preprocessed=MADE_UP/preprocessed nnUNet_results=MADE_UP/results
     python benchmarks/made_up.py lesions -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 [--bf16]
-    python benchmarks/made_up.py scanners -tr nnUNetTrainerM3HL --set pseudo_weight=0.5 --on development
+    python benchmarks/made_up.py scanners -tr nnUNetTrainerM3HL --set pseudo_dice=False --on development
 
 *lesions*: less than 0.2 % of a scan is lesion. *scanners*: the demo's organ; the labeled scans are of one good scanner,
 the unlabeled ones and those to measure on of any: more noise, texture and shading.
@@ -53,6 +53,7 @@ SHAPE = (60, 60, 60)  # voxels of a scan with lesions
 LARGEST_FRACTION = 0.002  # of its voxels that are lesion
 LESION = 80  # brightness above the background, whose mean is 100
 TEXTURE, NOISE = 10, 10  # standard deviations of the background's smooth texture and of the noise
+FEATURES, BATCH_SIZE = (8, 16, 32), 2
 STEPS_PER_EPOCH = 250
 FIRST = "nnUNetTrainer"  # whose weights every row starts from
 RUN = ["on", "trainer", "steps", "seed"]  # what identifies a row of the table
@@ -103,16 +104,13 @@ class Scans(NamedTuple):
     patch: tuple[int, ...]
     steps: int
     smooth: float | None = None  # smoothing of the Dice loss; None: nnU-Net's
-    features: tuple[int, ...] = (8, 16, 32)
-    batch_size: int = 2
 
 
 SCANS = {
     "lesions": Scans(
         "Dataset998_SmallStructures",
         "small_structures",
-        f"Lesions of less than {100 * LARGEST_FRACTION:.1f} % of a scan; 6 labeled and 24 unlabeled scans, 20 to "
-        "measure on.",
+        f"Lesions of less than {100 * LARGEST_FRACTION:.1f} % of a scan",
         {"labeled": 6, "validation": 2, "unlabeled": 24, "test": 20, "development": 20},
         make_lesion_case,
         (24, 24, 24),
@@ -122,8 +120,7 @@ SCANS = {
     "scanners": Scans(
         "Dataset997_OtherScanners",
         "other_scanners",
-        "An organ (one lesion in what follows); 4 labeled scans of one scanner, 16 unlabeled ones of any, and 40 of "
-        "any to measure on.",
+        "An organ (one lesion in what follows), the labeled scans of one scanner, the others of any",
         {"labeled": 4, "validation": 2, "unlabeled": 16, "test": 40, "development": 40},
         make_organ_case,
         demo.PATCH,
@@ -160,7 +157,7 @@ def make_dataset(scans: Scans) -> None:
     command = f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 1 -np 1"
     subprocess.run(command.split(), check=True, env=environment)
     plans = json.loads(plans_file.read_text())
-    plans["configurations"][CONFIGURATION] = small_configuration(plans, scans.patch, scans.features, scans.batch_size)
+    plans["configurations"][CONFIGURATION] = small_configuration(plans, scans.patch, FEATURES, BATCH_SIZE)
     plans_file.write_text(json.dumps(plans, indent=4))
     command = f"nnunet-ssl preprocess -d {number} -c {CONFIGURATION} -np 1"
     subprocess.run(command.split(), check=True, env=environment)
@@ -251,8 +248,10 @@ def record(scans: Scans, run: list[str], metrics: dict[str, list[float]]) -> Non
         rows.append([*run, case, f"{dice:.2f}", *map(str, counts), f"{volume:.2f}"])
     with replacing(file) as temporary, temporary.open("w", newline="") as f:
         csv.writer(f).writerows([[*RUN, "case", *METRICS], *rows])
+    labeled, unlabeled, test = (scans.cases[kind] for kind in ("labeled", "unlabeled", "test"))
+    title = f"{scans.title}; {labeled} labeled and {unlabeled} unlabeled scans, {test} to measure on. {HEAD}"
     with replacing(file.with_suffix(".md")) as temporary:
-        temporary.write_text("\n\n".join([f"{scans.title} {HEAD}", *tables(rows)]) + "\n")
+        temporary.write_text("\n\n".join([title, *tables(rows)]) + "\n")
 
 
 def tables(rows: list[list[str]]) -> list[str]:
@@ -289,7 +288,8 @@ def main() -> None:
     parser.add_argument("scans", choices=SCANS)
     parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerM3HL"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of each of the two trainings (4000; scanners: 1000)")
+    steps = ", ".join(f"{name}: {scans.steps}" for name, scans in SCANS.items())
+    parser.add_argument("--steps", type=int, help=f"of each of the two trainings (default: {steps})")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--on", choices=("development", "test"), default="test", help="the scans to measure on")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16; for CPUs with avx512_bf16 or AMX")

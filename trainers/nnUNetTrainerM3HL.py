@@ -35,7 +35,7 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
     pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
     pseudo_dice = True  # pseudo-labeled voxels have nnU-Net's Dice as well; False: its cross entropy alone
-    rampup = 0.0  # part of the training after which their weight is full; 0: from the start, as in the paper
+    rampup = 0.0  # part of the training after which pseudo_weight is full; 0: from the start, as in the paper
     unmixed = 0.6  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "matched"  # features are compared where both images show the same voxels; "all": Eq. 4 and 5
