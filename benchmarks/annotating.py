@@ -25,7 +25,7 @@ from tasks import ANNOTATED, TASKS
 from nnunet_ssl.commands.ranking_files import TABLE
 
 BEFORE, NUMBER = "LA-4", 5
-TRAINER = "nnUNetTrainerM3HL"
+ROW = "nnUNetTrainerM3HL, pseudo_dice=True, pseudo_weight=0.5, rampup=0.0"  # the defaults when this was measured
 
 
 def choices(table: Path) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def table() -> str:
     """Dice of seed 0, as it is and of the largest component."""
     lines = ["| trained on | Dice | largest component |", "|---|---|---|"]
     for name in (BEFORE, *ANNOTATED):
-        scores = read(name, "test")[TRAINER]
+        scores = read(name, "test")[ROW]
         dice, largest = (scores.dice([0], metric).mean() for metric in ("dice", "dice_largest"))
         lines.append(f"| {name} | {dice:.2f} | {largest:.2f} |")
     return "\n".join(lines)

@@ -2,11 +2,12 @@
 
 Differs from the paper and its released code on purpose: masks are drawn per sample by count and really applied (the
 released LA script returns masks of ones), the teacher starts as a copy of the student (released: an independent random
-network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), the teacher sees a weak
-view (spatial augmentation only), the first half of the training is stock nnU-Net on the labeled scans
-(`supervised_part`), and the last part of the other half is on whole patches without the feature terms: networks that
-only ever saw mixed patches did worse on scans, which are not mixed (`unmixed=0.0` in benchmarks/results). The student
-is deployed, as in the released code.
+network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), pseudo-labeled voxels
+have cross entropy alone (where all foreground of a patch is a false one, to keep it is the whole Dice), with alpha 2
+after a ramp-up instead of 0.5, the teacher sees a weak view (spatial augmentation only), the first half of the training
+is stock nnU-Net on the labeled scans (`supervised_part`), and the last part of the other half is on whole patches
+without the feature terms: networks that only ever saw mixed patches did worse on scans, which are not mixed
+(`unmixed=0.0` in benchmarks/results). The student is deployed, as in the released code.
 """
 
 import torch
@@ -33,9 +34,9 @@ class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
     mask_ratio = 0.5  # part of the cells of an unlabeled image that is masked and filled from a labeled one (Eq. 2)
     complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
-    pseudo_weight = 0.5  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
-    pseudo_dice = True  # pseudo-labeled voxels have nnU-Net's Dice as well; False: its cross entropy alone
-    rampup = 0.0  # part of the training after which pseudo_weight is full; 0: from the start, as in the paper
+    pseudo_weight = 2.0  # alpha: weight of pseudo-labeled voxels; labeled voxels have 1
+    pseudo_dice = False  # pseudo-labeled voxels have nnU-Net's cross entropy alone; True: its Dice as well
+    rampup = 0.2  # part of the training after which pseudo_weight is full; 0: from the start, as in the paper
     unmixed = 0.6  # last part of the training: half a is labeled scans, half b unlabeled ones; 0: as in the paper
     feature_weight = 0.5  # lambda: weight of L_low + L_high where cross entropy + Dice are summed over a and b (Eq. 1)
     feature_pairs = "matched"  # features are compared where both images show the same voxels; "all": Eq. 4 and 5
@@ -146,6 +147,8 @@ class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):
     supervised_part = 0.0
     unmixed = 0.0
     pseudo_weight = 0.5
+    pseudo_dice = True
+    rampup = 0.0
     feature_weight = 0.5
     feature_pairs = "all"
 

@@ -163,7 +163,7 @@ def test_with_every_voxel_labeled_the_gradient_is_that_of_supervised_training(ti
 
 
 def test_the_variants_of_m3hl_differ_in_attributes_only():
-    weights = {"pseudo_weight": 0.5, "feature_weight": 0.5}
+    weights = {"pseudo_weight": 0.5, "pseudo_dice": True, "rampup": 0.0, "feature_weight": 0.5}
     for variant, expected in {
         nnUNetTrainerM3: {"feature_weight": 0.0, "unmixed": 0.4},
         nnUNetTrainerM3HLPaper: {"supervised_part": 0.0, "unmixed": 0.0, "feature_pairs": "all", **weights},
