@@ -100,6 +100,13 @@ def former_left_atrium(results):
     return dice
 
 
+ALONE = {  # settings of a row of one phase, and the mark of its footnote
+    "": "",
+    ", supervised_part=0.0": "",
+    ", pseudo_dice=True, pseudo_weight=0.5, rampup=0.0, supervised_part=0.0": "²",
+}
+
+
 def test_the_table_of_methods_has_every_trainer_with_its_paper_cost_and_dice():
     root = TESTS.parent
     lines = (root / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
@@ -133,11 +140,6 @@ def test_the_table_of_methods_has_every_trainer_with_its_paper_cost_and_dice():
             assert cell == (found[0] if found else ""), f"{name}, {task}"
 
 
-ALONE = {  # settings of a row of one phase, and the mark of its footnote
-    "": "",
-    ", supervised_part=0.0": "",
-    ", pseudo_dice=True, pseudo_weight=0.5, rampup=0.0, supervised_part=0.0": "²",
-}
 GAINS = {  # rows of the README's table
     "left atrium, 8 labeled scans": ("LA-8", ""),
     "left atrium, 4 labeled scans": ("LA-4", ""),
