@@ -3,7 +3,8 @@
     python benchmarks/error_kinds.py "LA-4, supervised" "LA-4, nnUNetTrainerM3HL" "LA-60, supervised"
 
 Reads what methods.py has predicted for the test scans into nnUNet_results/TASK/seed_N/ROW, all seeds that are there,
-and writes results/error_kinds.md and docs/error_kinds.png. Every voxel that is wrong is of one kind:
+and writes results/error_kinds.md and docs/error_kinds.png, of the rows named. One without predictions is taken from
+the table as it was. Every voxel that is wrong is of one kind:
 
 - *elsewhere*: foreground in a piece that overlaps the reference nowhere; nnU-Net's postprocessing can remove it;
 - *edge*: within a voxel of the reference's boundary (in the slice, where the network is 2D);
@@ -30,6 +31,7 @@ from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
 
 EVERYWHERE = np.ones((3, 3, 3), bool)
+TABLE = RESULTS / "error_kinds.md"
 PICTURE = Path(__file__).parents[1] / "docs" / "error_kinds.png"
 KINDS = ("edge", "missing", "too much", "elsewhere", "class")
 
@@ -59,16 +61,26 @@ def error_kinds(prediction: np.ndarray, reference: np.ndarray, flat: bool) -> di
     return {kind: 100 * found[kind].sum() / theirs.sum() for kind in KINDS}
 
 
-def of_row(name: str) -> tuple[int, list[dict[str, float]]]:
-    """Number of seeds, and the kinds of every prediction of theirs."""
+def of_row(name: str, before: dict[str, list[float]]) -> list[float]:
+    """Number of seeds, the means of the KINDS over all their predictions, and the sum of these."""
     task, _, row = name.partition(", ")
     seeds = sorted((Path(nnUNet_results) / task).glob(f"seed_*/{row.replace(', ', '_')}/predicted_test"))
     if task not in TASKS or not seeds:
-        raise SystemExit(f"{nnUNet_results} has no predictions of {name!r}: run methods.py.")
+        if name in before:
+            return before[name]
+        raise SystemExit(f"Neither {nnUNet_results} nor {TABLE} has {name!r}: run methods.py.")
     references = Path(nnUNet_raw) / str(maybe_convert_to_dataset_name(TASKS[task].dataset)) / "labelsTs"
     files = [file for seed in seeds for file in sorted(seed.glob("*.nii.gz"))]
     flat = TASKS[task].base == "2d"
-    return len(seeds), [error_kinds(read(file), read(references / file.name), flat) for file in files]
+    found = [error_kinds(read(file), read(references / file.name), flat) for file in files]
+    means = [statistics.mean(kinds[kind] for kinds in found) for kind in KINDS]
+    return [len(seeds), *means, sum(means)]
+
+
+def read_table() -> dict[str, list[float]]:
+    """Rows of the table as it is, as of_row gives them."""
+    cells = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines()] if TABLE.is_file() else []
+    return {row[0]: [int(row[1]), *map(float, row[2:])] for row in cells if row[0].split(",")[0] in TASKS}
 
 
 def read(file: Path) -> np.ndarray:
@@ -103,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help="task and row, as in the tables")
     args = parser.parse_args()
+    before = read_table()
     lines = [
         "Wrong voxels in percent of the reference's foreground, means over the test scans. "
         "`benchmarks/error_kinds.py` explains the kinds.",
@@ -112,11 +125,11 @@ def main() -> None:
     ]
     drawn = {}
     for name in args.rows:
-        seeds, found = of_row(name)
-        drawn[name] = means = [statistics.mean(kinds[kind] for kinds in found) for kind in KINDS]
-        lines.append(f"| {name} | {seeds} | {' | '.join(f'{mean:.1f}' for mean in [*means, sum(means)])} |")
+        seeds, *values = of_row(name, before)
+        drawn[name] = values[:-1]
+        lines.append(f"| {name} | {seeds} | {' | '.join(f'{value:.1f}' for value in values)} |")
         print(lines[-1], flush=True)
-    with replacing(RESULTS / "error_kinds.md") as temporary:
+    with replacing(TABLE) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     draw(drawn, PICTURE)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import error_kinds as benchmark
 from error_kinds import KINDS, error_kinds
 
 REFERENCE = np.zeros((4, 16, 16), int)
@@ -54,3 +55,15 @@ def test_an_edge_in_3d_is_at_the_neighbouring_slice_too():
     prediction[1, 5, 5], prediction[3, 5, 5] = 0, 1  # the lowest slice, and above the highest
     assert error_kinds(prediction, REFERENCE, flat=False)["edge"] == pytest.approx(200 / 128)
     assert error_kinds(prediction, REFERENCE, flat=True)["edge"] == 0
+
+
+def test_a_row_without_predictions_is_taken_from_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "nnUNet_results", str(tmp_path))
+    monkeypatch.setattr(benchmark, "TABLE", tmp_path / "error_kinds.md")
+    assert benchmark.read_table() == {}
+    row = "| LA-4, supervised | 2 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 15.1 |"
+    benchmark.TABLE.write_text(f"| task, row | seeds | {' | '.join(KINDS)} | all |\n|---|\n{row}\n")
+    before = benchmark.read_table()
+    assert benchmark.of_row("LA-4, supervised", before) == [2, 1, 2, 3, 4, 5, 15.1]
+    with pytest.raises(SystemExit, match="'LA-8, supervised'"):
+        benchmark.of_row("LA-8, supervised", before)
