@@ -54,12 +54,13 @@ def compare_segmentations(
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
+def compare_cases(dice: dict[str, dict[str, float]], output: Path, models: int = 1) -> None:
     """Writes a figure of the Dice of every case: a column per trainer, lines between the same case, boxes of quartiles.
 
     Args:
         dice: per trainer the Dice in [0, 1] of its cases, NaN where a case has none.
         output: PNG file; replaced in one step.
+        models: of a trainer, as of several folds; the Dice of a case is the mean over them.
     """
     cases = sorted(set().union(*dice.values()))
     values = 100 * np.array([[of_trainer.get(case, np.nan) for case in cases] for of_trainer in dice.values()])
@@ -87,7 +88,8 @@ def compare_cases(dice: dict[str, dict[str, float]], output: Path) -> None:
     names = [name.replace("nnUNetTrainer", "" if many else "nnUNetTrainer\n", 1).strip() or name for name in dice]
     axis.set_xticks(places, names, rotation=30 if many else 0, ha="right" if many else "center")
     xlabel = "trainer, without nnUNetTrainer at the beginning" if many else "trainer"
-    axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel="Dice of a test case (%)", xlabel=xlabel)
+    ylabel = "Dice of a test case" + (f", mean of {models} models" if models > 1 else "") + " (%)"
+    axis.set(xlim=(-0.5, len(dice) - 0.5), ylabel=ylabel, xlabel=xlabel)
     axis.grid(axis="y", color=ink, alpha=0.1)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -44,7 +44,7 @@ SHIFT = {"nnUNetTrainer": 2, "nnUNetTrainerM3": 1, "nnUNetTrainerM3HL": 0}
 @pytest.fixture(autouse=True)
 def no_figure_in_pages(request, monkeypatch):
     if request.node.get_closest_marker("pictures") is None:  # drawn twice, for bright and for dark screens
-        monkeypatch.setattr(page_module, "draw_cases", lambda dice: None)
+        monkeypatch.setattr(page_module, "draw_cases", lambda dice, models: None)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_the_page_of_a_comparison_stands_alone_and_escapes_what_it_quotes(tmp_pa
     values = {"One": cases["0"] | cases["a"] | cases["b"], "Two": {}, "Three": cases["b"]}
     rows = make_rows(values, {"Two": "RuntimeError: <b>no memory</b>"})
     dice = {name: {case: m["Dice"] for case, m in own.items()} for name, own in values.items() if own}
-    page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows, "two-sided <u>test</u>", dice)
+    page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows, "two-sided <u>test</u>", dice, 6)
     page = Page(tmp_path / "p.html")
     assert alone(page)
     assert not [tag for tag, _ in page.elements if tag in ("b", "i", "u")]
@@ -181,7 +181,7 @@ def test_the_page_of_a_comparison_stands_alone_and_escapes_what_it_quotes(tmp_pa
         assert text in table
     assert every.endswith("a<i> 25.0 b<i> 75.0 75.0 0<i>")  # worst first, empty where a trainer has none
     assert "Medians: One 50.0 %, Three 75.0 %." in page.images()[0]["alt"]
-    page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows[1:2], "", {})
+    page_module.write_comparison(tmp_path / "p.html", "Dataset801_Compare", rows[1:2], "", {}, 6)
     assert "every trainer has failed" in Page(tmp_path / "p.html").texts["cases"]
 
 
@@ -546,7 +546,9 @@ def of_results(folder):
     return folder / "Dataset801_Compare" / "comparison_nnUNetPlans_3d_fullres"
 
 
-def test_the_mean_over_several_trainings_is_compared_and_each_is_shown(seeds, fake, capsys):
+def test_the_mean_over_several_trainings_is_compared_and_each_is_shown(seeds, fake, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(page_module, "draw_cases", lambda dice, models: drawn.append(models))
     twice = seeds[0].parent / ".." / "one" / "results"  # counts once
     assert compare("--results", *map(str, (*seeds, twice)), trainers=THREE[::2]) == 0
     assert fake() == [f"nnUNetv2_predict {trainer}" for trainer in THREE[::2] for _ in seeds]
@@ -569,6 +571,7 @@ def test_the_mean_over_several_trainings_is_compared_and_each_is_shown(seeds, fa
     assert "Dice of each training" in (of_results(seeds[0]) / "comparison.tex").read_text(encoding="utf-8")
     assert "100.00, 73.89" in Page(of_results(seeds[0]) / "comparison.html").texts["table"]
     assert not (of_results(seeds[1]) / "comparison.csv").exists()
+    assert drawn == [2]
 
 
 def test_what_was_compared_for_one_training_is_not_predicted_again_for_several(seeds, fake, monkeypatch, capsys):

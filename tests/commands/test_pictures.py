@@ -90,18 +90,20 @@ def figures_of(monkeypatch):
 def test_nothing_of_a_comparison_is_cut_off_or_wrong_of_one_trainer(number, tmp_path, monkeypatch):
     figures = figures_of(monkeypatch)
     dice = {f"nnUNetTrainerCoLearning{i}_300epochs": {"a": 0.5, "b": 0.6} for i in range(number)}
-    compare_cases(dice, tmp_path / "p.png")
+    compare_cases(dice, tmp_path / "p.png", models=15)
     (axis,) = figures[0].axes
     figures[0].draw_without_rendering()  # at the figure's own resolution
-    for text in (axis.title, *axis.get_xticklabels()):
+    for text in (axis.title, axis.yaxis.label, *axis.get_xticklabels()):
         box = text.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= figures[0].bbox.x1
         assert 0 <= box.y0 < box.y1 <= figures[0].bbox.y1
     assert ("line" in axis.get_title()) == (number > 1)
     assert axis.get_title().startswith("2 test cases;")
+    assert axis.get_ylabel() == "Dice of a test case, mean of 15 models (%)"
 
 
 def test_a_single_case_is_not_plural(tmp_path, monkeypatch):
     figures = figures_of(monkeypatch)
     compare_cases({"a": {"x": 0.5}}, tmp_path / "p.png")
     assert figures[0].axes[0].get_title().startswith("1 test case;")
+    assert figures[0].axes[0].get_ylabel() == "Dice of a test case (%)"

@@ -12,7 +12,7 @@ from nnunet_ssl.commands.report.page import Picture, Table, as_uri, in_both_look
 
 
 def write_comparison(
-    output: Path, name: str, rows: Sequence[Row], caption: str, dice: dict[str, dict[str, float]]
+    output: Path, name: str, rows: Sequence[Row], caption: str, dice: dict[str, dict[str, float]], models: int
 ) -> None:
     """Writes the page, in one step.
 
@@ -22,6 +22,7 @@ def write_comparison(
         rows: of the table.
         caption: what the numbers are.
         dice: per trainer that has not failed the Dice in [0, 1] of its cases.
+        models: of a trainer; the value of a case is the mean over them.
     """
     width = len(heads(rows))
     table = Table(
@@ -34,17 +35,17 @@ def write_comparison(
         table_of_means=table,
         caption=caption,
         failures=[(row.trainer, row.failure) for row in rows if row.failure],
-        figure=draw_cases(dice) if dice else None,
+        figure=draw_cases(dice, models) if dice else None,
         cases=case_table(dice) if dice else None,
     )
 
 
-def draw_cases(dice: dict[str, dict[str, float]]) -> Picture:
+def draw_cases(dice: dict[str, dict[str, float]], models: int) -> Picture:
     """The figure of `compare_cases`."""
 
     def draw(look: str) -> str:
         with TemporaryDirectory(prefix="nnunet_ssl_compare_") as folder:
-            compare_cases(dice, file := Path(folder, "figure.png"))
+            compare_cases(dice, file := Path(folder, "figure.png"), models)
             return as_uri(file.read_bytes(), "png")
 
     light, dark = in_both_looks(draw)

@@ -116,19 +116,7 @@ def compare(
         for folder in dict.fromkeys([output, *(job.output for job in jobs)]):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".compare.lock", f"comparing into {folder}"))
-        for folder in {folder for job in jobs for folder in (job.log.parent, job.predictions.parent)}:
-            folder.mkdir(exist_ok=True)
-        todo = [job for job in jobs if not finished(job, job.predictions)]
-        logs = ", ".join(dict.fromkeys(str(job.log.parent) for job in jobs))
-        print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {logs}")
-        by_name = {job.name: job for job in todo}
-        failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, by_name)
-        lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
-        # what another computer has written may not be seen here; or the model was trained anew meanwhile
-        failures |= {
-            job.name: f"{job.predictions} is missing or old, run the command again; log: {job.log}" for job in lost
-        }
-        return report(jobs, failures, output)
+        return report(jobs, run_unfinished(jobs, executor), output)
 
 
 def check_dataset(name: str, configuration: str, plans_identifier: str, folds: Sequence[int | str]) -> None:
@@ -220,6 +208,22 @@ def say_unequal(splits: Path, folds: Sequence[int | str]) -> None:
             )
 
 
+def run_unfinished(jobs: Sequence[Job], executor) -> dict[str, str]:
+    """Runs the jobs that are not finished, here or by the cluster's `executor`; why jobs failed, by their names."""
+    for folder in {folder for job in jobs for folder in (job.log.parent, job.predictions.parent)}:
+        folder.mkdir(exist_ok=True)
+    todo = [job for job in jobs if not finished(job, job.predictions)]
+    logs = ", ".join(dict.fromkeys(str(job.log.parent) for job in jobs))
+    print(f"Finished before: {len(jobs) - len(todo)} of {counted(len(jobs), 'job')}. Logs: {logs}")
+    by_name = {job.name: job for job in todo}
+    failures = run_here(todo) if executor is None else run_jobs(executor, run_safely, by_name)
+    # what another computer has written may not be seen here; or the model was trained anew meanwhile
+    lost = [job for job in todo if job.name not in failures and not finished(job, job.predictions)]
+    return failures | {
+        job.name: f"{job.predictions} is missing or old, run the command again; log: {job.log}" for job in lost
+    }
+
+
 def run_here(jobs: Sequence[Job]) -> dict[str, str]:
     """Runs one job after the other behind a progress bar; why jobs failed, by their names."""
     failures, shown = {}, set()
@@ -276,7 +280,7 @@ def report(jobs: Sequence[Job], failures: dict[str, str], output: Path) -> tuple
         for trainer, own in by_trainer.items()
         if trainer not in failed and len(folders) > 1
     }
-    rows, text = make_rows(values, failed, each), caption(jobs)
+    rows, text, models = make_rows(values, failed, each), caption(jobs), len(jobs) // len(by_trainer)
     contents = {".md": markdown(rows, text), ".csv": comma_separated(rows), ".tex": latex(rows, text)}
     for ending, content in contents.items():
         with replacing(output / f"{TABLE}{ending}") as temporary:
@@ -286,10 +290,10 @@ def report(jobs: Sequence[Job], failures: dict[str, str], output: Path) -> tuple
     if dice:
         from nnunet_ssl.commands.pictures import compare_cases  # imports matplotlib
 
-        compare_cases(dice, output / FIGURE)
+        compare_cases(dice, output / FIGURE, models)
     from nnunet_ssl.commands.compare.page import write_comparison  # imports matplotlib
 
-    write_comparison(output / f"{TABLE}.html", jobs[0].dataset, rows, text, dice)
+    write_comparison(output / f"{TABLE}.html", jobs[0].dataset, rows, text, dice, models)
     return contents[".md"], failed
 
 
