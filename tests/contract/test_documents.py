@@ -163,3 +163,24 @@ def test_the_gains_of_the_readme_are_those_of_the_measured_cases():
             means = scores and [scores.dice(scores.seeds, metric).mean() for metric in ("dice", "dice_largest")]
             values = [float(value) for value in re.findall(r"[\d.]+", cell)]
             assert values == pytest.approx(means or [], abs=0.0501), name
+
+
+def test_every_row_of_the_results_is_a_measured_row():
+    root, measured = TESTS.parent, set()
+    for file in (root / "benchmarks" / "results").glob("*-*.md"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            cells = [re.sub(r" \(\d+\)|, better on \d+", "", cell.strip()) for cell in line.strip("|").split("|")]
+            if len(cells) == 10:
+                cost, dice, seeds, gap, against = (cells[place] for place in (1, 2, 3, 6, 7))
+                for last in (against, ", ".join(filter(None, cells[8:]))):  # with another training, or postprocessed
+                    measured.add((file.stem, cost, dice, seeds, gap, last))
+    task, checked = None, 0
+    for line in (root / "docs" / "results.md").read_text(encoding="utf-8").splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if head := re.match(r"(left atrium|ACDC), (\d+) labeled", name):
+            task = f"{'LA' if head[1] == 'left atrium' else 'ACDC'}-{head[2]}" if cells[0] == "cost" else None
+        elif task and len(cells) == 5 and re.fullmatch(r"[\d.]+", cells[0]):
+            cost, dice, seeds, gap, last = cells
+            assert (task, cost, dice, seeds or dice, gap, last) in measured, line
+            checked += 1
+    assert checked > 40
