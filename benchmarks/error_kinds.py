@@ -62,11 +62,17 @@ def error_kinds(prediction: np.ndarray, reference: np.ndarray, flat: bool) -> di
 
 
 def of_row(name: str, before: dict[str, list[float]]) -> list[float]:
-    """Number of seeds, the means of the KINDS over all their predictions, and the sum of these."""
+    """Number of seeds, the means of the KINDS over all their predictions, and the sum of these.
+
+    Args:
+        name: of the row, with its task.
+        before: the rows of the table, for those without predictions.
+    """
     task, _, row = name.partition(", ")
     seeds = sorted((Path(nnUNet_results) / task).glob(f"seed_*/{row.replace(', ', '_')}/predicted_test"))
     if task not in TASKS or not seeds:
         if name in before:
+            print(f"{name}: no predictions, taken from the table", flush=True)
             return before[name]
         raise SystemExit(f"Neither {nnUNet_results} nor {TABLE} has {name!r}: run methods.py.")
     references = Path(nnUNet_raw) / str(maybe_convert_to_dataset_name(TASKS[task].dataset)) / "labelsTs"

@@ -54,7 +54,7 @@ def compare_segmentations(
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def compare_cases(dice: dict[str, dict[str, float]], output: Path, models: int = 1) -> None:
+def compare_cases(dice: dict[str, dict[str, float]], output: Path, models: int) -> None:
     """Writes a figure of the Dice of every case: a column per trainer, lines between the same case, boxes of quartiles.
 
     Args:

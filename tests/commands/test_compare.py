@@ -296,9 +296,12 @@ def job(root, trainer="nnUNetTrainer", **settings):
 # ---- training ----
 
 
-def test_only_what_is_not_trained_is_trained(dataset, fake):
+def test_only_what_is_not_trained_is_trained(dataset, fake, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(page_module, "draw_cases", lambda dice, models: drawn.append(models))
     checkpoint(dataset, "nnUNetTrainer", 1)
     assert compare("--train", trainers=["nnUNetTrainer"], folds=["0", "1"]) == 0
+    assert drawn == [2]  # the figure is of the means over both folds
     assert fake() == ["nnUNetv2_train nnUNetTrainer", *["nnUNetv2_predict nnUNetTrainer"] * 2]
 
 
@@ -735,7 +738,7 @@ def test_the_figure_shows_every_trainer_at_a_readable_size(tmp_path):
         names = [f"nnUNetTrainerCoLearning{i}" for i in range(number)]
         dice = {name: {f"case_{i}": rng.uniform(0.6, 0.95) for i in range(20)} for name in names}
         dice[names[0]]["case_3"] = NAN
-        compare_cases(dice, tmp_path / "figure.png")
+        compare_cases(dice, tmp_path / "figure.png", models=1)
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
         pixels = image.imread(tmp_path / "figure.png")
         assert 700 <= pixels.shape[1] <= 1300

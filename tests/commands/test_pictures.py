@@ -104,6 +104,6 @@ def test_nothing_of_a_comparison_is_cut_off_or_wrong_of_one_trainer(number, tmp_
 
 def test_a_single_case_is_not_plural(tmp_path, monkeypatch):
     figures = figures_of(monkeypatch)
-    compare_cases({"a": {"x": 0.5}}, tmp_path / "p.png")
+    compare_cases({"a": {"x": 0.5}}, tmp_path / "p.png", models=1)
     assert figures[0].axes[0].get_title().startswith("1 test case;")
     assert figures[0].axes[0].get_ylabel() == "Dice of a test case (%)"
