@@ -446,6 +446,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # a moving average lags behind at first
         if self.current_epoch - self.supervised_epochs >= (self.num_epochs - self.supervised_epochs) / 10:
             self.health.compare_dice(dice)
+        self.health.compare_foreground(self._observations)
         observations = self._observations | {f"dice_{name}": value for name, value in dice.items()}
         last = self.current_epoch == self.num_epochs - 1
         try:

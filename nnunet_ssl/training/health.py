@@ -1,6 +1,7 @@
 """Warnings of a training that goes wrong while its loss falls, and the end of one whose loss is not finite."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from nnunet_ssl.blocks.networks import of_all_ranks, unwrap
 from nnunet_ssl.training.checkpoints import CHECKPOINTS
 
+MUCH_FOREGROUND = 0.5  # of the voxels of pseudo labels; less is not warned of, however little the labels have
 LAGGING = 0.05  # Dice by which a teacher may be below every student without a warning
 NOT_FINITE_STEPS = 20  # steps in a row with the same term NaN or infinite, after which a training is stopped
 
@@ -114,6 +116,20 @@ class Health:
                     f"WARNING: on validation patches the {name.replace('_', ' ')} has a Dice of {value:.3f}, every "
                     f"student {worst:.3f} or more: its labels hold the students back."
                 )
+
+    def compare_foreground(self, observations: Mapping[str, float | Tensor]) -> None:
+        """Warns of pseudo labels that call most voxels foreground, and more than twice as many as the labels.
+
+        Args:
+            observations: of `observe`. Without labeled or unlabeled patches there is nothing to compare.
+        """
+        names = ("labeled_foreground", "pseudo_foreground")
+        labeled, pseudo = (float(observations.get(name, math.nan)) for name in names)
+        if pseudo > MUCH_FOREGROUND and pseudo > 2 * labeled:
+            self.log(
+                f"WARNING: pseudo labels call {pseudo:.0%} of the voxels foreground, the labels {labeled:.0%}: unlabeled "
+                f"scans teach to find it everywhere. That is usual in the first epochs only."
+            )
 
     def check_heads(self, network: nn.Module, first_weights: Sequence[Tensor]) -> None:
         """Warns where weights were loaded from elsewhere, but not those of the segmentation heads, as nnU-Net does.

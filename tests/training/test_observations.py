@@ -276,6 +276,34 @@ def test_a_teacher_below_every_student_is_told(teacher, warned):
 
 
 @pytest.mark.parametrize(
+    ("labeled", "pseudo", "warned"),
+    [
+        (0.04, 0.51, True),
+        (0.04, 0.49, False),
+        (0.3, 0.55, False),
+        (0.3, 0.65, True),
+        (None, 0.9, False),
+        (0.1, None, False),
+    ],
+)
+def test_pseudo_labels_with_much_more_foreground_than_labels_are_told(labeled, pseudo, warned):
+    said = []
+    observations = {"labeled_foreground": labeled, "pseudo_foreground": pseudo}
+    Health(said.append).compare_foreground({k: torch.tensor(v) for k, v in observations.items() if v is not None})
+    text = f"WARNING: pseudo labels call {pseudo or 0:.0%} of the voxels foreground, the labels {labeled or 0:.0%}:"
+    assert [line.startswith(text) for line in said] == [True] * warned
+
+
+def test_the_foreground_of_every_epoch_is_compared(tiny_dataset):
+    trainer = make_trainer(nnUNetTrainerMeanTeacher, tiny_dataset)
+    trainer.on_train_start()
+    trainer._observations = {"labeled_foreground": 0.1, "pseudo_foreground": 0.9}
+    trainer.on_validation_epoch_start()
+    trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    assert "WARNING: pseudo labels call 90%" in Path(trainer.log_file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
     ("supervised", "epoch", "compared"),
     [(0, 0, False), (0, 1, False), (0, 2, True), (10, 10, False), (10, 11, True)],
 )
