@@ -5,6 +5,8 @@ Differs from the paper on purpose (it has no public code):
   voxel from the same scan.
 - The students start from the same weights: the mean of independently initialised networks predicts nothing. They differ
   by noise on their inputs and by the place of their box.
+- The first half of the training is stock nnU-Net on the labeled scans. From random weights the students can come to
+  agree that everything is foreground (docs/results.md).
 - lambda and mu are ramped up, and labeled scans have nnU-Net's Dice and cross entropy. The paper's constant weights and
   Dice alone were measured to be worse (benchmarks/results).
 - Student 1 is deployed: it was ahead of the teacher (benchmarks/results), or equal after a supervised training.
@@ -37,6 +39,7 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
     """Co-learning: two students learn from labels, each other, and a teacher that is the moving average of both."""
 
+    supervised_part = 0.5  # first part of the training: stock nnU-Net on the labeled scans; the rest is of what follows
     alpha = 0.005  # weight of student 1 in the teacher's EMA, per step, after the warm-up
     beta = 0.005  # weight of student 2
     unlabeled_weight = 1.0  # lambda: of the Dice with the other student's and with the teacher's labels
@@ -147,15 +150,16 @@ def indmix(labeled, truth, unlabeled, soft, mask, *, reverse: bool):
 
 
 class nnUNetTrainerCoLearningPaper(nnUNetTrainerCoLearning):
-    """Co-learning with the paper's settings: weights constant, Dice alone, no noise, one box for both mixes.
+    """Co-learning with the paper's settings.
 
-    What still differs: optimizer, learning rate, augmentation, patch and batch size are nnU-Net's; Dice is nnU-Net's,
+    No supervised phase, weights constant, Dice alone, no noise, one box for both mixes. What still differs: optimizer, learning rate, augmentation, patch and batch size are nnU-Net's; Dice is nnU-Net's,
     without the background, with hard pseudo labels; labeled voxels of a mix have their own labels (Eq. 13 takes those
     of the unlabeled scan's places); both students have the same architecture and start from the same weights, because
     the mean of different ones predicts nothing; the teacher's EMA has a warm-up, and it sees a weak view. The paper
     does not say which network is deployed: student 1, as by default.
     """
 
+    supervised_part = 0.0
     rampup = 0.0
     cross_entropy = False
     noise = 0.0

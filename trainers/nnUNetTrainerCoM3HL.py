@@ -2,9 +2,10 @@
 
 No paper has this method; it joins the two. From co-learning: two students with their own input noise, which start from
 the same weights, and a teacher that is the moving average of both (Eq. 1). From M3HL: each student's only forward pass
-is on patches that block masks mix from labeled and unlabeled scans, the teacher sees a weak view of the latter, and the
-last part of the training is on whole patches. Unlabeled voxels have the labels of the teacher and of the other student.
-So a step has three forward passes and two backward ones, where co-learning has seven and six.
+is on patches that block masks mix from labeled and unlabeled scans, the teacher sees a weak view of the latter, the
+first half of the training is stock nnU-Net on the labeled scans, and the last part of the rest is on whole patches.
+Unlabeled voxels have the labels of the teacher and of the other student. So a step of the second half has three forward
+passes and two backward ones, where one of co-learning has seven and six.
 """
 
 import torch
@@ -28,6 +29,7 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 class nnUNetTrainerCoM3HL(SemiSupervisedTrainer):
     """Co-M3HL: two students and their common EMA teacher learn from labeled and unlabeled scans mixed by masks."""
 
+    supervised_part = 0.5  # first part of the training: stock nnU-Net on the labeled scans; the rest is of what follows
     pseudo_weight = 0.25  # of unlabeled voxels with the teacher's label; labeled voxels have 1
     peer_weight = 0.25  # of unlabeled voxels with the other student's label
     masks = "same"  # of both students; "complementary": student 2 sees what student 1 does not, and has no peer

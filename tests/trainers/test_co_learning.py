@@ -116,7 +116,8 @@ def test_both_mixes_share_a_box_as_in_the_paper_or_have_their_own(shared, tiny_d
 
 def test_the_papers_settings_are_attributes():
     own = {name: value for name, value in vars(nnUNetTrainerCoLearningPaper).items() if not name.startswith("__")}
-    assert own == {"rampup": 0.0, "cross_entropy": False, "noise": 0.0, "shared_mask": True}
+    settings = {"supervised_part": 0.0, "rampup": 0.0, "cross_entropy": False, "noise": 0.0, "shared_mask": True}
+    assert own == settings
     assert nnUNetTrainerCoLearningPaper.__bases__ == (nnUNetTrainerCoLearning,)
 
 
