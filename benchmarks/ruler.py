@@ -199,8 +199,8 @@ def table(task: str, on: str, length: str = "") -> str:
     shown = sorted(rows.items(), key=lambda row: row[1].metrics[..., 0].mean())
     for name, scores in [*shown, *([("all labels", reference)] if reference else [])]:
         means = np.nanmean(scores.metrics, axis=(0, 1))
-        seed_means = zip(scores.seeds, scores.dice(scores.seeds).mean(1), strict=True)
-        each = ", ".join(f"{mean:.2f} ({seed})" for seed, mean in seed_means)
+        seed_means = scores.dice(scores.seeds).mean(1)
+        each = ", ".join(f"{mean:.2f} ({seed})" for seed, mean in zip(scores.seeds, seed_means, strict=True))
         closed, compared = {"dice": "", "dice_largest": ""}, ""
         supervised, self_training = partner(rows, name, SUPERVISED), partner(rows, name, SELF_TRAINING)
         single = "ensemble of" not in name
@@ -214,7 +214,7 @@ def table(task: str, on: str, length: str = "") -> str:
         missing = int(np.isnan(scores.metrics[..., 1]).sum())
         figures += f" ({missing} patients without)" if missing else ""
         lines.append(
-            f"| {name} | {scores.cost:.2f} | {means[0]:.2f} | {each} | {figures} | {closed['dice']} | {compared} "
+            f"| {name} | {scores.cost:.2f} | {seed_means.mean():.2f} | {each} | {figures} | {closed['dice']} | {compared} "
             f"| {means[3]:.2f} | {closed['dice_largest']} |"
         )
     return "\n".join(lines) + "\n"
