@@ -42,7 +42,7 @@ PASSES = {
     "nnUNetTrainerMeanTeacher": (3, 2),
     "nnUNetTrainerUAMT": (11, 2),
     "nnUNetTrainerCPS": (4, 4),
-    "nnUNetTrainerCoLearning": (7, 6),
+    "nnUNetTrainerCoLearning": (4, 3),  # the teacher's of a whole batch, and 6 + 6 of half a batch
     "nnUNetTrainerCoM3HL": (3, 2),
     "nnUNetTrainerFixMatch": (3, 2),
     "nnUNetTrainerCutMixMT": (3, 2),

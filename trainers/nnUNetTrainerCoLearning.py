@@ -49,7 +49,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
     box_side = 0.5  # edge of the box as a part of the patch's
     shared_mask = False  # one box for both mixes, as in Eq. 11 and 12; False: each has its own
     noise = 0.1  # standard deviation of each student's own input noise, in units of the normalized image
-    patches_per_term = "full"  # every term has the planned batch; "half": half of it, at half of the cost
+    patches_per_term = "half"  # every term has half of the planned batch; "full": all of it, at twice the cost
     student_backbones = "same"  # "different": student 2 upsamples by interpolation, one EMA teacher per student
     weak_view = True
 
@@ -152,7 +152,9 @@ def indmix(labeled, truth, unlabeled, soft, mask, *, reverse: bool):
 class nnUNetTrainerCoLearningPaper(nnUNetTrainerCoLearning):
     """Co-learning with the paper's settings.
 
-    No supervised phase, weights constant, Dice alone, no noise, one box for both mixes. What still differs: optimizer, learning rate, augmentation, patch and batch size are nnU-Net's; Dice is nnU-Net's,
+    No supervised phase, a whole batch in every term, weights constant, Dice alone, no noise, one box for both mixes.
+
+    What still differs: optimizer, learning rate, augmentation, patch and batch size are nnU-Net's; Dice is nnU-Net's,
     without the background, with hard pseudo labels; labeled voxels of a mix have their own labels (Eq. 13 takes those
     of the unlabeled scan's places); both students have the same architecture and start from the same weights, because
     the mean of different ones predicts nothing; the teacher's EMA has a warm-up, and it sees a weak view. The paper
@@ -160,6 +162,7 @@ class nnUNetTrainerCoLearningPaper(nnUNetTrainerCoLearning):
     """
 
     supervised_part = 0.0
+    patches_per_term = "full"
     rampup = 0.0
     cross_entropy = False
     noise = 0.0

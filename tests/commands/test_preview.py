@@ -19,7 +19,7 @@ from nnunet_ssl.data.loading import Batch
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 
 NAMES = Names(["a", "b"], ["c", "d"])
-MIXED = {"nnUNetTrainerM3HL": 2, "nnUNetTrainerM3": 2, "nnUNetTrainerBCP": 2, "nnUNetTrainerCoLearning": 4}
+MIXED = {"nnUNetTrainerM3HL": 2, "nnUNetTrainerM3": 2, "nnUNetTrainerBCP": 2, "nnUNetTrainerCoLearning": 2}
 MIXED |= {"nnUNetTrainerCoM3HL": 2, "nnUNetTrainerFixMatch": 2, "nnUNetTrainerCutMixMT": 2, "nnUNetTrainerADMT": 2}
 MIXED |= {"nnUNetTrainerPSMT": 2, "nnUNetTrainerABD": 2}
 

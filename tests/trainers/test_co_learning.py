@@ -23,6 +23,7 @@ from nnunet_ssl.trainers.nnUNetTrainerCoLearning import (
 def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, with_cross_entropy, backbones):
     settings = {"unlabeled_weight": 0.7, "mix_weight": 0.3, "noise": 0.0, "box_side": 0.6}
     settings |= {"cross_entropy": with_cross_entropy, "student_backbones": backbones, "alpha": 0.02, "beta": 0.01}
+    settings |= {"patches_per_term": "full"}
     trainer = started(nnUNetTrainerCoLearning, labels_dataset, **settings)
     batch = labels.random_batch(size)
     seed(5)
@@ -63,7 +64,7 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, with_cros
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_with_half_batches_one_half_is_learned_unmixed_and_the_other_one_mixed(size, tiny_dataset):
-    settings = {"noise": 0.0, "unlabeled_weight": 0.7, "mix_weight": 0.3, "patches_per_term": "half"}
+    settings = {"noise": 0.0, "unlabeled_weight": 0.7, "mix_weight": 0.3}
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset, **settings)
     batch, students = CLASSES.random_batch(size), trainer.trained_networks()
     seed(5)
@@ -116,13 +117,13 @@ def test_both_mixes_share_a_box_as_in_the_paper_or_have_their_own(shared, tiny_d
 
 def test_the_papers_settings_are_attributes():
     own = {name: value for name, value in vars(nnUNetTrainerCoLearningPaper).items() if not name.startswith("__")}
-    settings = {"supervised_part": 0.0, "rampup": 0.0, "cross_entropy": False, "noise": 0.0, "shared_mask": True}
-    assert own == settings
+    loss = {"rampup": 0.0, "cross_entropy": False, "noise": 0.0, "shared_mask": True}
+    assert own == {"supervised_part": 0.0, "patches_per_term": "full", **loss}
     assert nnUNetTrainerCoLearningPaper.__bases__ == (nnUNetTrainerCoLearning,)
 
 
 def test_every_input_of_each_student_has_its_own_noise(tiny_dataset, monkeypatch):
-    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1)
+    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1, patches_per_term="full")
     batch = CLASSES.random_batch(2)
     seen = {1: [], 2: []}
     for number, network in ((1, trainer.network), (2, trainer.companions.student_2)):
@@ -202,7 +203,7 @@ def test_different_backbones_have_a_teacher_each(tiny_dataset):
 @pytest.mark.parametrize("rampup", [0.0, 0.5])
 def test_the_weights_of_unlabeled_terms_are_ramped_up_where_asked_to(tiny_dataset, rampup):
     settings = {"rampup": rampup, "num_epochs": 10, "num_iterations_per_epoch": 10, "noise": 0.0}
-    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, **settings)
+    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, patches_per_term="full", **settings)
     batch = CLASSES.random_batch(2)
     terms = {}
     for step in (25, 100):
@@ -217,9 +218,8 @@ def test_the_weights_of_unlabeled_terms_are_ramped_up_where_asked_to(tiny_datase
 
 
 def test_the_supervised_dice_has_deep_supervision(tiny_dataset):
-    trainer = started(
-        nnUNetTrainerCoLearning, tiny_dataset, enable_deep_supervision=True, noise=0.0, cross_entropy=False
-    )
+    settings = {"noise": 0.0, "cross_entropy": False, "patches_per_term": "full"}
+    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, enable_deep_supervision=True, **settings)
     batch = trainer._to_device(next(trainer.dataloader_train))
     terms = {name: value for group in trainer.losses(batch) for name, value in group.items()}
     output = trainer.network(batch.image)
