@@ -10,8 +10,8 @@ Differs from the paper on purpose (it has no public code):
 - lambda and mu are ramped up, and labeled scans have nnU-Net's Dice and cross entropy. The paper's constant weights and
   Dice alone were measured to be worse (benchmarks/results).
 - Student 1 is deployed: it was ahead of the teacher (benchmarks/results), or equal after a supervised training.
-- Dice is nnU-Net's, which leaves the background out. Where nnU-Net takes it over the whole batch, the Dice of Eq. 4-9
-  is taken over each half of it (of an odd batch, each third).
+- Dice is nnU-Net's, which leaves the background out. Where nnU-Net takes it over the whole batch, it is that of the
+  patches of a term; with whole batches, the Dice of Eq. 4-9 is taken over each half (of an odd batch, each third).
 - Eq. 4-9 learn from hard pseudo labels.
 - Eq. 15-17 compare the student's probabilities with the label of a labeled voxel, and with the teacher's probabilities
   of an unlabeled one.
@@ -83,7 +83,8 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
             del output
 
         size = len(first.unlabeled)
-        for part in self.half_batches(size):
+        # two graphs at a time, of no more than a batch together
+        for part in self.half_batches(size) if self.patches_per_term == "full" else [slice(size)]:
             weight = self.ramp * self.unlabeled_weight * len(pseudo[part]) / size
             outputs = [logits(student, add_noise(first.unlabeled[part], self.noise)) for student in students]
             terms = {}

@@ -122,17 +122,21 @@ def test_the_papers_settings_are_attributes():
     assert nnUNetTrainerCoLearningPaper.__bases__ == (nnUNetTrainerCoLearning,)
 
 
-def test_every_input_of_each_student_has_its_own_noise(tiny_dataset, monkeypatch):
-    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1, patches_per_term="full")
-    batch = CLASSES.random_batch(2)
+@pytest.mark.parametrize(("patches", "inputs"), [("full", 4), ("half", 3)])  # labeled, unlabeled (in two parts), mix
+def test_every_input_of_each_student_has_its_own_noise(patches, inputs, tiny_dataset):
+    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1, patches_per_term=patches)
+    batch = CLASSES.random_batch(4)
     seen = {1: [], 2: []}
     for number, network in ((1, trainer.network), (2, trainer.companions.student_2)):
         network.register_forward_pre_hook(lambda module, inputs, number=number: seen[number].append(inputs[0].clone()))
     list(trainer.losses(batch))
     first, second = seen[1], seen[2]
-    assert (len(first), len(second)) == (4, 4)  # labeled, both halves of the unlabeled, mix
-    cleans = (batch.image, batch.unlabeled[:1], batch.unlabeled[1:])
-    for a, b, clean in zip(first[:3], second[:3], cleans, strict=True):
+    assert (len(first), len(second)) == (inputs, inputs)
+    cleans = (batch.image, batch.unlabeled[:2], batch.unlabeled[2:])
+    if patches == "half":
+        batch = batch.rolled(trainer.step * 2)
+        cleans = (batch.image[:2], batch.unlabeled[:2])
+    for a, b, clean in zip(first[:-1], second[:-1], cleans, strict=True):
         for noisy in (a, b):
             assert 0 < (noisy - clean).abs().max() <= 0.2 + 1e-5
         assert not torch.equal(a, b)
