@@ -214,8 +214,8 @@ def table(task: str, on: str, length: str = "") -> str:
         missing = int(np.isnan(scores.metrics[..., 1]).sum())
         figures += f" ({missing} patients without)" if missing else ""
         lines.append(
-            f"| {name} | {scores.cost:.2f} | {seed_means.mean():.2f} | {each} | {figures} | {closed['dice']} | {compared} "
-            f"| {means[3]:.2f} | {closed['dice_largest']} |"
+            f"| {name} | {scores.cost:.2f} | {seed_means.mean():.2f} | {each} | {figures} | {closed['dice']} "
+            f"| {compared} | {means[3]:.2f} | {closed['dice_largest']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -7,11 +7,13 @@ Differs from the paper on purpose (it has no public code):
   by noise on their inputs and by the place of their box.
 - The first half of the training is stock nnU-Net on the labeled scans. From random weights the students can come to
   agree that everything is foreground (docs/results.md).
+- Every term has half of the planned batch: one half is learned unmixed, the other one mixed. A whole batch in every
+  term was worse after as many passes (benchmarks/results/choices.md).
 - lambda and mu are ramped up, and labeled scans have nnU-Net's Dice and cross entropy. The paper's constant weights and
   Dice alone were measured to be worse (benchmarks/results).
 - Student 1 is deployed: it was ahead of the teacher (benchmarks/results), or equal after a supervised training.
 - Dice is nnU-Net's, which leaves the background out. Where nnU-Net takes it over the whole batch, it is that of the
-  patches of a term; with whole batches, the Dice of Eq. 4-9 is taken over each half (of an odd batch, each third).
+  patches of a term; the Dice of Eq. 4-9, with whole batches or odd ones, that of half of them or a third.
 - Eq. 4-9 learn from hard pseudo labels.
 - Eq. 15-17 compare the student's probabilities with the label of a labeled voxel, and with the teacher's probabilities
   of an unlabeled one.
@@ -84,7 +86,7 @@ class nnUNetTrainerCoLearning(SemiSupervisedTrainer):
 
         size = len(first.unlabeled)
         # two graphs at a time, of no more than a batch together
-        for part in self.half_batches(size) if self.patches_per_term == "full" else [slice(size)]:
+        for part in [slice(size)] if 2 * size <= len(batch.image) else self.half_batches(size):
             weight = self.ramp * self.unlabeled_weight * len(pseudo[part]) / size
             outputs = [logits(student, add_noise(first.unlabeled[part], self.noise)) for student in students]
             terms = {}

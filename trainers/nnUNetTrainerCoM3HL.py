@@ -5,7 +5,7 @@ the same weights, and a teacher that is the moving average of both (Eq. 1). From
 is on patches that block masks mix from labeled and unlabeled scans, the teacher sees a weak view of the latter, the
 first half of the training is stock nnU-Net on the labeled scans, and the last part of the rest is on whole patches.
 Unlabeled voxels have the labels of the teacher and of the other student. So a step of the second half has three forward
-passes and two backward ones, where one of co-learning has seven and six.
+passes and two backward ones, where one of co-learning has four and three, or seven and six with whole batches.
 """
 
 import torch

@@ -120,6 +120,8 @@ class Health:
     def compare_foreground(self, observations: Mapping[str, float | Tensor]) -> None:
         """Warns of pseudo labels that call most voxels foreground, and more than twice as many as the labels.
 
+        Silent where the labels are foreground in half of the voxels or more.
+
         Args:
             observations: of `observe`. Without labeled or unlabeled patches there is nothing to compare.
         """
@@ -127,8 +129,8 @@ class Health:
         labeled, pseudo = (float(observations.get(name, math.nan)) for name in names)
         if pseudo > MUCH_FOREGROUND and pseudo > 2 * labeled:
             self.log(
-                f"WARNING: pseudo labels call {pseudo:.0%} of the voxels foreground, the labels {labeled:.0%}: unlabeled "
-                f"scans teach to find it everywhere. That is usual in the first epochs only."
+                f"WARNING: pseudo labels call {pseudo:.0%} of the voxels foreground, the labels {labeled:.0%}: "
+                f"unlabeled scans teach to find it everywhere. That is usual in the first epochs only."
             )
 
     def check_heads(self, network: nn.Module, first_weights: Sequence[Tensor]) -> None:

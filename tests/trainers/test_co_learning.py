@@ -62,11 +62,12 @@ def test_a_step_is_that_of_the_equations(labels, labels_dataset, size, with_cros
     assert_terms(groups, expected)
 
 
+@pytest.mark.parametrize("labels", EVERY_KIND, ids=lambda kind: kind.fixture, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_with_half_batches_one_half_is_learned_unmixed_and_the_other_one_mixed(size, tiny_dataset):
+def test_with_half_batches_one_half_is_learned_unmixed_and_the_other_one_mixed(size, labels, labels_dataset):
     settings = {"noise": 0.0, "unlabeled_weight": 0.7, "mix_weight": 0.3}
-    trainer = started(nnUNetTrainerCoLearning, tiny_dataset, **settings)
-    batch, students = CLASSES.random_batch(size), trainer.trained_networks()
+    trainer = started(nnUNetTrainerCoLearning, labels_dataset, **settings)
+    batch, students = labels.random_batch(size), trainer.trained_networks()
     seed(5)
     groups = list(trainer.losses(batch))
 
@@ -74,20 +75,22 @@ def test_with_half_batches_one_half_is_learned_unmixed_and_the_other_one_mixed(s
     half = (size + 1) // 2
     order = [(trainer.step * half + i) % size for i in range(size)]  # the samples take turns
     plain, mixed = order[:half], order[size - half :]
-    soft = trainer.companions.teacher(batch.unlabeled_weak).softmax(1)
+    soft = labels.probabilities(trainer.companions.teacher(batch.unlabeled_weak))
+    truth, annotated = labels.truth(batch.target), labels.annotated(batch.target)
     expected = {}
     for number, student, peer in ((1, *students), (2, *students[::-1])):
         keep = box_mask(half, (16, 16, 16), side=0.5)
         keep = ~keep if number == 2 else keep  # 1: the labeled scan
         image = torch.where(keep, batch.image[mixed], batch.unlabeled[mixed])
-        target = torch.where(keep, CLASSES.truth(batch.target[mixed]), soft[mixed])
+        difference = labels.probabilities(student(image)) - torch.where(keep, truth[mixed], soft[mixed])
+        counts = annotated[mixed] | ~keep
         output = student(batch.unlabeled[plain])
-        known = CLASSES.dice_and_cross_entropy(student(batch.image[plain]), batch.target[plain])
+        known = labels.dice_and_cross_entropy(student(batch.image[plain]), batch.target[plain])
         expected |= {
             f"supervised_{number}": known,
-            f"cross_{number}": -0.7 * CLASSES.dice(output, CLASSES.hard(peer(batch.unlabeled[plain]))),
-            f"teacher_{number}": -0.7 * CLASSES.dice(output, CLASSES.hard(soft[plain])),
-            f"mix_{number}": 0.3 * (student(image).softmax(1) - target).square().mean(),
+            f"cross_{number}": -0.7 * labels.dice(output, labels.hard(peer(batch.unlabeled[plain]))),
+            f"teacher_{number}": -0.7 * labels.dice(output, labels.hard(soft[plain] - 0.5)),
+            f"mix_{number}": 0.3 * difference.square().mean(1)[counts[:, 0]].mean(),
         }
     assert_terms(groups, expected)
 
@@ -122,20 +125,19 @@ def test_the_papers_settings_are_attributes():
     assert nnUNetTrainerCoLearningPaper.__bases__ == (nnUNetTrainerCoLearning,)
 
 
-@pytest.mark.parametrize(("patches", "inputs"), [("full", 4), ("half", 3)])  # labeled, unlabeled (in two parts), mix
-def test_every_input_of_each_student_has_its_own_noise(patches, inputs, tiny_dataset):
+@pytest.mark.parametrize(("patches", "size", "parts"), [("full", 4, 2), ("half", 4, 1), ("half", 3, 2)])
+def test_every_input_of_each_student_has_its_own_noise(patches, size, parts, tiny_dataset):
     trainer = started(nnUNetTrainerCoLearning, tiny_dataset, noise=0.1, patches_per_term=patches)
-    batch = CLASSES.random_batch(4)
+    batch = CLASSES.random_batch(size)
     seen = {1: [], 2: []}
     for number, network in ((1, trainer.network), (2, trainer.companions.student_2)):
         network.register_forward_pre_hook(lambda module, inputs, number=number: seen[number].append(inputs[0].clone()))
     list(trainer.losses(batch))
     first, second = seen[1], seen[2]
-    assert (len(first), len(second)) == (inputs, inputs)
-    cleans = (batch.image, batch.unlabeled[:2], batch.unlabeled[2:])
-    if patches == "half":
-        batch = batch.rolled(trainer.step * 2)
-        cleans = (batch.image[:2], batch.unlabeled[:2])
+    assert len(first) == len(second) == 2 + parts  # labeled, unlabeled: not more than a batch at a time, mix
+    of_a_term = size if patches == "full" else 2
+    batch = batch.rolled(trainer.step * of_a_term)
+    cleans = (batch.image[:of_a_term], *batch.unlabeled[:of_a_term].chunk(parts))
     for a, b, clean in zip(first[:-1], second[:-1], cleans, strict=True):
         for noisy in (a, b):
             assert 0 < (noisy - clean).abs().max() <= 0.2 + 1e-5
