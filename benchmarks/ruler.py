@@ -50,7 +50,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
 PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
 RECOMMENDED = "nnUNetTrainerM3HL"
 RESAMPLES = 5000
-PANELS = 3  # side by side
+PANELS = 4  # side by side
 ONLY_IN_TABLES = r", alone\b|, ensemble of | \+ |M3HL.*, rampup=0\.0\b"  # the last: what M3HL was before
 LONGER = rf"{SUPERVISED}, num_epochs=\d+"
 
