@@ -289,9 +289,8 @@ def test_the_stock_loop_trains_and_stock_code_predicts(trainer_class, configurat
 def test_with_every_weight_at_zero_the_gradient_is_that_of_supervised_training(trainer_class, tiny_dataset):
     weights = {name: 0.0 for name in dir(trainer_class) if name.endswith("_weight")}
     # what changes the labeled scans or their loss is switched off as well
-    plain = {
-        name: value for name, value in {"noise": 0.0, "cross_entropy": True}.items() if hasattr(trainer_class, name)
-    }
+    plain = {"noise": 0.0, "cross_entropy": True, "patches_per_term": "full"}
+    plain = {name: value for name, value in plain.items() if hasattr(trainer_class, name)}
     seed()
     trainer = make_trainer(trainer_class, tiny_dataset, **weights, **plain)
     trainer.on_train_start()
