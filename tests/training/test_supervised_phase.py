@@ -10,7 +10,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainerCosAnneal import nnUNetTrainerCosAnneal
-from tiny_trainers import make_trainer, seed
+from tiny_trainers import every_trainer, make_trainer, seed
 
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.commands.trained_models import network_weights
@@ -191,6 +191,12 @@ def test_the_phase_has_whole_epochs_and_leaves_one_for_the_method(part, epochs, 
     assert [trainer.is_whole(step) for step in steps] == [step >= (1 - trainer.unmixed) * len(steps) for step in steps]
     trainer.rampup, trainer.step = 0.5, len(steps) // 2
     assert trainer.ramp == 1
+
+
+def test_the_trainers_that_begin_with_it_are_those_of_the_documents():
+    parts = {c.__name__.removeprefix("nnUNetTrainer"): c.supervised_part for c in every_trainer(variants=True)}
+    begin = {name: part for name, part in parts.items() if part}
+    assert begin == dict.fromkeys(("M3HL", "M3", "CoM3HL", "CoLearning", "FixMatch"), 0.5)
 
 
 @pytest.mark.parametrize("part", [1.0, -0.1])
