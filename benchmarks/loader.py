@@ -1,6 +1,6 @@
 """Cost of producing the unlabeled patches: labeled plus unlabeled ones against labeled ones alone, in one process.
 
-    python benchmarks/loader.py -d 501 -c la_quick [-tr nnUNetTrainerM3HL nnUNetTrainerCPS]
+    python benchmarks/loader.py -d 501 -c 3d_fullres_quick [-tr nnUNetTrainerM3HL nnUNetTrainerCPS]
 
 A trainer with a weak view makes two views of every unlabeled patch. With --on-device the workers leave the intensity
 transforms of unlabeled patches to the training device (`nnUNet_ssl_augment=device`). Batches are made in turns, without
@@ -34,7 +34,7 @@ def seconds(loader) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", dest="dataset", default="501")
-    parser.add_argument("-c", dest="configuration", default="la_quick")
+    parser.add_argument("-c", dest="configuration", default="3d_fullres_quick")
     parser.add_argument("-f", dest="fold", type=int, default=0)
     parser.add_argument("-tr", dest="trainers", nargs="+", default=["nnUNetTrainerM3HL", "nnUNetTrainerCPS"])
     parser.add_argument("--repeats", type=int, default=20, help=f"pairs of turns of {TURN} batches")

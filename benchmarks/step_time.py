@@ -151,7 +151,7 @@ def record_ratios(configuration: str, ratios: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", dest="dataset", default="501")
-    parser.add_argument("-c", dest="configuration", default="la_quick")
+    parser.add_argument("-c", dest="configuration", default="3d_fullres_quick")
     parser.add_argument("-f", dest="fold", type=int, default=0)
     parser.add_argument("-tr", dest="trainers", nargs="+", default=[*PASSES])
     parser.add_argument("-device", default="cpu")
