@@ -27,10 +27,12 @@ same plans. The final checkpoint of the second phase is used, its deployed netwo
 prediction is off, to save time.
 
 Settings are chosen on the development scans, whose labels no model of the task saw; figures are reported on the test
-scans. In LA-60 and ACDC-60 all labels of the training scans are known: `supervised` there is the reference of the
-tasks with few. Everything is kept in nnUNet_results/TASK/seed_N: what is done is not done again, a training that was
-interrupted goes on from its last epoch, and several calls share the work without doing it twice. On a processor that
-computes in bfloat16, `--bf16` takes a quarter to a third of the time; the rows of a table should all have it, or none.
+scans. Of the unlabeled scans of the training (`--on unlabeled`) nothing is chosen: they show what their pseudo labels
+were worth (pseudo_labels.py). In LA-60 and ACDC-60 all labels of the training scans are known: `supervised` there is
+the reference of the tasks with few. Everything is kept in nnUNet_results/TASK/seed_N: what is done is not done again, a
+training that was interrupted goes on from its last epoch, and several calls share the work without doing it twice. On a
+processor that computes in bfloat16, `--bf16` takes a quarter to a third of the time; the rows of a table should all
+have it, or none.
 """
 
 import argparse
@@ -287,9 +289,10 @@ def scans(run: Run, dataset: str, on: str) -> dict[Path, Path]:
         labels = sorted((raw / "labelsTs").iterdir())
         return {raw / "imagesTs" / file.name.replace(".nii.gz", "_0000.nii.gz"): file for file in labels}
     split = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())[task.fold]
-    if set(split["val"]) & set(split["train"]):
-        raise SystemExit(f"{run.task} has no development scans: it is trained on them.")
-    cases = split["val"] + split.get("unlabeled", [])[: task.hidden]
+    cases, unlabeled = split["val"], split.get("unlabeled", [])
+    if set(cases) & set(split["train"]):
+        raise SystemExit(f"{run.task} has no {on} scans: it is trained on them.")
+    cases = unlabeled if on == "unlabeled" else cases + unlabeled[: task.hidden]
     return {raw / "imagesTr" / f"{case}_0000.nii.gz": raw / "labelsTr" / f"{case}.nii.gz" for case in cases}
 
 
@@ -430,7 +433,8 @@ def main() -> None:
     run.add_argument("task", choices=TASKS)
     run.add_argument("methods", nargs="+", help="supervised, self-training, or trainers' names")
     run.add_argument("--seeds", type=int, nargs="+", default=[0])
-    run.add_argument("--on", choices=("development", "test"), default="test", help="the scans to measure on")
+    on = ("development", "test", "unlabeled")
+    run.add_argument("--on", choices=on, default="test", help="the scans to measure on")
     run.add_argument("--alone", action="store_true", help="without the first phase: the method from random weights")
     run.add_argument(
         "--predicted-foreground",

@@ -52,7 +52,7 @@ TASKS |= ANNOTATED
 
 
 def table_file(task: str, on: str) -> Path:
-    return RESULTS / f"{task}{'_development' * (on == 'development')}.csv"
+    return RESULTS / f"{task}{'' if on == 'test' else f'_{on}'}.csv"
 
 
 def read_rows(task: str, on: str) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """The figures of benchmarks/ruler.py, from which the README's table is made."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import SimpleITK as sitk
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import methods
+import pseudo_labels
 import ruler
+import tasks
 
 
 def rows(name, dice):
@@ -141,3 +144,51 @@ def test_labels_of_other_models_are_not_taken_for_those_of_the_run(tmp_path, mon
     assert first.row != other.row
     with pytest.raises(RuntimeError, match=r"Dataset523_LAPseudoLabels has other labels"):
         methods.label_scans(other, "Dataset501_LA")
+
+
+def test_which_scans_a_model_is_measured_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "nnUNet_raw", str(tmp_path / "raw"))
+    monkeypatch.setattr(methods, "nnUNet_preprocessed", str(tmp_path))
+    hidden = methods.TASKS["LA-4"].hidden
+    few = {"train": ["a"], "val": ["b"], "unlabeled": [f"u{number:02}" for number in range(hidden + 1)]}
+    folds = [few, few, few, {"train": ["a", "b"], "val": ["b"]}]
+    for folder in ("Dataset501_LA", "raw/Dataset501_LA/labelsTs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "Dataset501_LA/splits_final.json").write_text(json.dumps(folds))
+    (tmp_path / "raw/Dataset501_LA/labelsTs/t.nii.gz").touch()
+
+    def measured(on, task="LA-4"):
+        found = methods.scans(methods.Run(task, "supervised", 0), "Dataset501_LA", on)
+        assert all(image.name == label.name.replace(".nii", "_0000.nii") for image, label in found.items())
+        return [label.name.split(".")[0] for label in found.values()]
+
+    assert measured("test") == ["t"]
+    assert measured("development") == ["b", *few["unlabeled"][:-1]]
+    assert measured("unlabeled") == few["unlabeled"]
+    with pytest.raises(SystemExit, match="LA-60 has no unlabeled scans"):
+        measured("unlabeled", "LA-60")
+
+
+def test_labels_before_and_after_are_of_the_same_unlabeled_scans(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pseudo_labels, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.setattr(pseudo_labels, "HARD", 1)
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path)
+
+    def measure(task, before, after):
+        found = rows(pseudo_labels.BEFORE, {0: before, 1: {"a": 1}})  # another seed
+        found += rows(pseudo_labels.AFTER[task], {0: after, 1: {"a": 1}})
+        with (tmp_path / f"{task}_unlabeled.csv").open("w", newline="") as f:
+            csv.writer(f).writerows([["header"], *found])
+
+    measure("LA-4", {"a": 50, "b": 80, "c": 90}, {"a": 70, "b": 70, "c": 95})
+    measure("ACDC-3", {"a": 50, "b": 80}, {"a": 70, "c": 70})
+    with pytest.raises(SystemExit, match=r"ACDC-3: the unlabeled scans of .* are not measured"):
+        pseudo_labels.main()
+    assert not pseudo_labels.PICTURE.exists()
+    measure("ACDC-3", {"a": 50, "b": 80}, {"b": 70, "a": 40})
+    capsys.readouterr()
+    pseudo_labels.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "LA-4: 3 scans, Dice 73.3 before, 78.3 after, better on 2; the 1 worst before 50.0, after 70.0"
+    assert second.startswith("ACDC-3: 2 scans, Dice 65.0 before, 55.0 after, better on 0")
+    assert pseudo_labels.PICTURE.stat().st_size > 10_000

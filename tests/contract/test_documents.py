@@ -161,7 +161,8 @@ def test_the_gains_of_the_readme_are_those_of_the_measured_cases():
         reference = ruler.by_length(ruler.read(ruler.REFERENCE[task], "test"))[length]["supervised"]
         methods = [measured.get(row) for row in ("supervised", "self-training", ruler.RECOMMENDED)]
         for cell, scores in zip(table[name], [*methods, reference], strict=True):
-            means = scores and [scores.dice(scores.seeds, metric).mean() for metric in ("dice", "dice_largest")]
+            seeds = [seed for seed in scores.seeds if seed in methods[-1].seeds] if scores else []
+            means = scores and [scores.dice(seeds, metric).mean() for metric in ("dice", "dice_largest")]
             values = [float(value) for value in re.findall(r"[\d.]+", cell)]
             assert values == pytest.approx(means or [], abs=0.0501), name
 
