@@ -146,6 +146,7 @@ GAINS = {  # rows of the README's table
     "left atrium, 4 labeled scans": ("LA-4", ""),
     "left atrium, 4, the second phase four times as long": ("LA-4", "num_epochs=64"),
     "ACDC, 7 labeled patients": ("ACDC-7", ""),
+    "ACDC, 7, the second phase four times as long": ("ACDC-7", "num_epochs=40"),
     "ACDC, 3 labeled patients": ("ACDC-3", ""),
     "ACDC, 3, the second phase four times as long": ("ACDC-3", "num_epochs=40"),
 }
