@@ -1,9 +1,11 @@
 """Fails when a ratio of the last benchmarks is more than 10 % worse than in baseline.json.
 
-    python benchmarks/step_time.py && python benchmarks/loader.py && python benchmarks/guard.py
+    python benchmarks/step_time.py && python benchmarks/step_time.py -tr nnUNetTrainerM3HL --supervised
+    python benchmarks/loader.py && python benchmarks/loader.py --on-device && python benchmarks/guard.py
     python benchmarks/guard.py --update                                 # the last benchmarks become the baseline
 
-All ratios are against nnUNetTrainer on the same machine at the same time, so that they hold on other machines too.
+All ratios are against nnUNetTrainer on the same machine at the same time, so that they hold on other machines too. One
+that is not measured anew is compared as it was.
 """
 
 import argparse

@@ -27,12 +27,12 @@ same plans. The final checkpoint of the second phase is used, its deployed netwo
 prediction is off, to save time.
 
 Settings are chosen on the development scans, whose labels no model of the task saw; figures are reported on the test
-scans. Of the unlabeled scans of the training (`--on unlabeled`) nothing is chosen: they show what their pseudo labels
-were worth (pseudo_labels.py). In LA-60 and ACDC-60 all labels of the training scans are known: `supervised` there is
-the reference of the tasks with few. Everything is kept in nnUNet_results/TASK/seed_N: what is done is not done again, a
-training that was interrupted goes on from its last epoch, and several calls share the work without doing it twice. On a
-processor that computes in bfloat16, `--bf16` takes a quarter to a third of the time; the rows of a table should all
-have it, or none.
+scans. Those of LA-4 and LA-8 are in part unlabeled scans of the training. All unlabeled scans (`--on unlabeled`) show
+what their pseudo labels are worth (pseudo_labels.py). In LA-60 and ACDC-60 all labels of the training scans are known:
+`supervised` there is the reference of the tasks with few. Everything is kept in nnUNet_results/TASK/seed_N: what is
+done is not done again, a training that was interrupted goes on from its last epoch, and several calls share the work
+without doing it twice. On a processor that computes in bfloat16, `--bf16` takes a quarter to a third of the time; the
+rows of a table should all have it, or none.
 """
 
 import argparse
@@ -290,9 +290,9 @@ def scans(run: Run, dataset: str, on: str) -> dict[Path, Path]:
         return {raw / "imagesTs" / file.name.replace(".nii.gz", "_0000.nii.gz"): file for file in labels}
     split = json.loads((Path(nnUNet_preprocessed) / dataset / "splits_final.json").read_text())[task.fold]
     cases, unlabeled = split["val"], split.get("unlabeled", [])
-    if set(cases) & set(split["train"]):
-        raise SystemExit(f"{run.task} has no {on} scans: it is trained on them.")
     cases = unlabeled if on == "unlabeled" else cases + unlabeled[: task.hidden]
+    if not cases or set(cases) & set(split["train"]):
+        raise SystemExit(f"{run.task} has no {on} scans: it is trained on them.")
     return {raw / "imagesTr" / f"{case}_0000.nii.gz": raw / "labelsTr" / f"{case}.nii.gz" for case in cases}
 
 

@@ -12,7 +12,7 @@ the patients' means over the seeds that both have, from two such seeds on: it kn
 trainings. Two frames of one patient's heart are not independent, so ACDC's are averaged first.
 
 Rows with a longer second phase (`num_epochs=N`) are compared with `supervised`, self-training and a reference of that
-length, in a table of their own, as soon as `supervised` is measured at that length.
+length, in a table of their own, as soon as `supervised` is measured at that length; before, with nothing.
 
 Where a method has other seeds than `supervised` or self-training, the comparison is of the seeds that both have, the
 column Dice of all. Rows that are trained alone took half the steps of `supervised`. The reference of LA has learnt from
@@ -203,10 +203,11 @@ def table(task: str, on: str, length: str = "") -> str:
         each = ", ".join(f"{mean:.2f} ({seed})" for seed, mean in zip(scores.seeds, seed_means, strict=True))
         closed, compared = {"dice": "", "dice_largest": ""}, ""
         supervised, self_training = partner(rows, name, SUPERVISED), partner(rows, name, SELF_TRAINING)
+        same_length = "num_epochs=" not in name and name != "all labels"
         single = "ensemble of" not in name
-        if supervised and reference and single and scores is not supervised and name != "all labels":
+        if supervised and reference and single and scores is not supervised and same_length:
             closed = {metric: closed_by(scores, supervised, reference, metric) for metric in closed}
-        if self_training and scores is not self_training and name != "all labels":
+        if self_training and scores is not self_training and same_length:
             difference, better, p = against(scores, self_training)
             if not np.isnan(difference):
                 compared = f"{difference:+.2f}, better on {better}" + (f", p = {p:.3f}" if p >= 0 else "")

@@ -58,8 +58,8 @@ def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
 
 def test_longer_trainings_are_compared_with_supervised_training_of_that_length(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.RESULTS", tmp_path)
-    for task, dice in (("ACDC-3", (60, 80, 70, 81)), ("ACDC-60", (90, None, 100, None))):
-        names = ("supervised", "x", "supervised, num_epochs=40", "x, mask_cells=2, num_epochs=40")
+    for task, dice in (("ACDC-3", (60, 80, 70, 81, 75)), ("ACDC-60", (90, None, 100, None, None))):
+        names = ("supervised", "x", "supervised, num_epochs=40", "x, mask_cells=2, num_epochs=40", "y, num_epochs=50")
         write(tmp_path / f"{task}.csv", {n: mean for n, mean in zip(names, dice, strict=True) if mean})
     assert list(ruler.by_length(ruler.read("ACDC-3", "test"))) == ["", "num_epochs=40"]
     short, long = (ruler.table("ACDC-3", "test", length) for length in ("", "num_epochs=40"))
@@ -68,6 +68,8 @@ def test_longer_trainings_are_compared_with_supervised_training_of_that_length(t
     (row,) = (line for line in long.splitlines() if line.startswith("| x, mask_cells=2 |"))
     assert "37 %" in row
     assert "num_epochs=40 |" not in short + long
+    (row,) = (line for line in short.splitlines() if line.startswith("| y, num_epochs=50 "))
+    assert "%" not in row  # no supervised training is as long
 
 
 def test_an_ensemble_is_compared_with_an_ensemble(tmp_path, monkeypatch):
@@ -151,7 +153,8 @@ def test_which_scans_a_model_is_measured_on(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "nnUNet_preprocessed", str(tmp_path))
     hidden = methods.TASKS["LA-4"].hidden
     few = {"train": ["a"], "val": ["b"], "unlabeled": [f"u{number:02}" for number in range(hidden + 1)]}
-    folds = [few, few, few, {"train": ["a", "b"], "val": ["b"]}]
+    other = {"train": ["c"], "val": ["d"], "unlabeled": ["e"]}
+    folds = [other, few, other, {"train": ["a", "b"], "val": ["b"]}]
     for folder in ("Dataset501_LA", "raw/Dataset501_LA/labelsTs"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "Dataset501_LA/splits_final.json").write_text(json.dumps(folds))
@@ -165,6 +168,12 @@ def test_which_scans_a_model_is_measured_on(tmp_path, monkeypatch):
     assert measured("test") == ["t"]
     assert measured("development") == ["b", *few["unlabeled"][:-1]]
     assert measured("unlabeled") == few["unlabeled"]
+    for on in ("unlabeled", "development"):
+        with pytest.raises(SystemExit, match=f"LA-60 has no {on} scans"):
+            measured(on, "LA-60")
+    folds[3] = {"train": ["a"], "val": ["b"]}
+    (tmp_path / "Dataset501_LA/splits_final.json").write_text(json.dumps(folds))
+    assert measured("development", "LA-60") == ["b"]
     with pytest.raises(SystemExit, match="LA-60 has no unlabeled scans"):
         measured("unlabeled", "LA-60")
 
@@ -192,3 +201,5 @@ def test_labels_before_and_after_are_of_the_same_unlabeled_scans(tmp_path, monke
     assert first == "LA-4: 3 scans, Dice 73.3 before, 78.3 after, better on 2; the 1 worst before 50.0, after 70.0"
     assert second.startswith("ACDC-3: 2 scans, Dice 65.0 before, 55.0 after, better on 0")
     assert pseudo_labels.PICTURE.stat().st_size > 10_000
+    points = pseudo_labels.plt.gcf().axes[0].collections[0].get_offsets()
+    assert np.array_equal(points, [[50, 70], [80, 70], [90, 95]])

@@ -12,6 +12,7 @@ from test_bad_input import BAD_ARGUMENTS, BAD_COMMANDS, BAD_DATA, BAD_ENVIRONMEN
 from tiny_trainers import every_trainer
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import pseudo_labels
 import ruler
 import step_time
 
@@ -193,3 +194,24 @@ def test_every_row_of_the_results_is_a_measured_row():
             rows[task] = rows.get(task, 0) + 1
     assert rows.keys() == {(task, bool(length)) for task, length in GAINS.values()}
     assert min(rows.values()) >= 4  # supervised training, self-training, M3HL, all labels
+
+
+def test_what_is_said_of_the_gap_is_measured():
+    results = TESTS.parent / "benchmarks" / "results"
+    text = (TESTS.parent / "docs" / "results.md").read_text(encoding="utf-8").partition("## What is left of the gap")[2]
+    table, prose = text.partition("So a long second phase")[::2]
+    prose = " ".join(prose.split())
+    tables = [(results / f"{task}.md").read_text(encoding="utf-8") for task in ("LA-4", "ACDC-3")]
+    found = 0
+    for line in table.splitlines():
+        for cell, measured in zip(line.strip("|").split("|")[1:], tables, strict=False):
+            for percent in re.findall(r"\d+", cell) if cell.endswith(" % ") else ():
+                assert f"| {percent} % (" in measured, line
+                found += 1
+    assert found == 18
+    for task, row in pseudo_labels.AFTER.items():
+        before, after = (pseudo_labels.read_dice(task, name) for name in (pseudo_labels.BEFORE, row))
+        worst = sorted(before, key=before.get)[: pseudo_labels.HARD]
+        means = [statistics.mean(dice[case] for case in worst) for dice in (before, after)]
+        assert "from {:.0f} to {:.0f}".format(*means) in prose
+        assert re.search(rf"ends at.* {statistics.mean(after.values()):.0f}\b", prose)
