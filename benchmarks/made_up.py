@@ -3,14 +3,16 @@
     export nnUNet_raw=MADE_UP/raw nnUNet_preprocessed=MADE_UP/preprocessed nnUNet_results=MADE_UP/results
     python benchmarks/made_up.py lesions -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 [--bf16]
     python benchmarks/made_up.py scanners -tr nnUNetTrainerM3HL --set rampup=0.0 --on development
+    python benchmarks/made_up.py lesions -tr nnUNetTrainerM3HL --alone --steps 8000 --set supervised_part=0.0
 
 *lesions*: less than 0.2 % of a scan is lesion. *scanners*: the demo's organ; the labeled scans are of one good scanner,
 the unlabeled ones and those to measure on of any: more noise, texture and shading.
 
 Every row is two trainings of as many steps, as in methods.py: `nnUNetTrainer` on the labeled scans, the same for all
-rows of a seed, and from its weights the row's trainer. The final checkpoint is used, nothing is selected. What is
-trained already is not trained again. One process and one thread per call. The scans are made, planned and preprocessed
-by the first call; their difficulty was chosen with nnUNetTrainer alone (that of `scanners`: for the demo).
+rows of a seed, and from its weights the row's trainer; with --alone one, from random weights. The final checkpoint is
+used, nothing is selected. What is trained already is not trained again. One process and one thread per call. The scans
+are made, planned and preprocessed by the first call; their difficulty was chosen with nnUNetTrainer alone (that of
+`scanners`: for the demo).
 
 A patch of *lesions* is a 16th of a scan: most have no lesion in them, but for those that nnU-Net puts on foreground,
 the last third of every batch. nnU-Net's Dice has a smoothing of 1e-5, which rewards a network that finds nothing in
@@ -167,7 +169,8 @@ def make_dataset(scans: Scans) -> None:
 
 def train(args, scans: Scans, trainer_name: str, seed: int, start: Path | None = None) -> Path:
     """Trains unless it is done already; returns the model's folder. `start`: the model whose weights are the first."""
-    name = "_".join([trainer_name, *args.settings] if start else [trainer_name, "first"])
+    of_row = start or args.alone
+    name = "_".join([trainer_name, *args.settings, *["alone"] * args.alone] if of_row else [trainer_name, "first"])
     model = Path(nnUNet_results) / scans.dataset / f"{name}-{args.steps}-seed={seed}__nnUNetPlans__{CONFIGURATION}"
     if checkpoint(model).is_file():
         return model
@@ -178,7 +181,7 @@ def train(args, scans: Scans, trainer_name: str, seed: int, start: Path | None =
     trainer.num_val_iterations_per_epoch = 5  # monitoring only
     if start and hasattr(trainer, "supervised_part"):
         trainer.supervised_part = 0.0  # the first training was it
-    for key, value in (setting.split("=", 1) for setting in args.settings if start):
+    for key, value in (setting.split("=", 1) for setting in args.settings if of_row):
         if not hasattr(trainer, key):
             raise SystemExit(f"{trainer_name} has no setting {key}.")
         setattr(trainer, key, literal(value))
@@ -290,6 +293,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     steps = ", ".join(f"{name}: {scans.steps}" for name, scans in SCANS.items())
     parser.add_argument("--steps", type=int, help=f"of each of the two trainings (default: {steps})")
+    parser.add_argument("--alone", action="store_true", help="one training of --steps, from random weights")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--on", choices=("development", "test"), default="test", help="the scans to measure on")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16; for CPUs with avx512_bf16 or AMX")
@@ -301,10 +305,10 @@ def main() -> None:
     torch.set_num_threads(1)
     make_dataset(scans)
     for seed in args.seeds:
-        first = train(args, scans, FIRST, seed)
+        first = None if args.alone else train(args, scans, FIRST, seed)
         for trainer in args.trainers:
             metrics = predict(scans, train(args, scans, trainer, seed, first), args.on)
-            row = ", ".join([trainer, *args.settings])
+            row = ", ".join([trainer, *args.settings, *["alone"] * args.alone])
             record(scans, [args.on, row, str(args.steps), str(seed)], metrics)
             dice = statistics.mean(values[0] for values in metrics.values())
             print(f"{row}, seed {seed}, {args.on} scans: Dice {dice:.2f}", flush=True)
