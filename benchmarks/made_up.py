@@ -167,10 +167,14 @@ def make_dataset(scans: Scans) -> None:
         temporary.write_text(json.dumps([{"train": names["labeled"], "val": names["validation"]}]))
 
 
+def row_of(args, trainer_name: str) -> str:
+    return ", ".join([trainer_name, *args.settings, *["alone"] * args.alone])
+
+
 def train(args, scans: Scans, trainer_name: str, seed: int, start: Path | None = None) -> Path:
     """Trains unless it is done already; returns the model's folder. `start`: the model whose weights are the first."""
     of_row = start or args.alone
-    name = "_".join([trainer_name, *args.settings, *["alone"] * args.alone] if of_row else [trainer_name, "first"])
+    name = row_of(args, trainer_name).replace(", ", "_") if of_row else f"{trainer_name}_first"
     model = Path(nnUNet_results) / scans.dataset / f"{name}-{args.steps}-seed={seed}__nnUNetPlans__{CONFIGURATION}"
     if checkpoint(model).is_file():
         return model
@@ -308,7 +312,7 @@ def main() -> None:
         first = None if args.alone else train(args, scans, FIRST, seed)
         for trainer in args.trainers:
             metrics = predict(scans, train(args, scans, trainer, seed, first), args.on)
-            row = ", ".join([trainer, *args.settings, *["alone"] * args.alone])
+            row = row_of(args, trainer)
             record(scans, [args.on, row, str(args.steps), str(seed)], metrics)
             dice = statistics.mean(values[0] for values in metrics.values())
             print(f"{row}, seed {seed}, {args.on} scans: Dice {dice:.2f}", flush=True)

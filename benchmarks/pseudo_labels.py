@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tasks import METRICS, RUN, SECONDS, SUPERVISED, read_rows
+from tasks import METRICS, RUN, SECONDS, STEPS_PER_EPOCH, SUPERVISED, TASKS, read_rows
 
 from nnunet_ssl.system.colours import COLOURS
 from nnunet_ssl.system.files import replacing
@@ -24,9 +24,8 @@ PICTURE = Path(__file__).parents[1] / "docs" / "pseudo_labels.png"
 BEFORE = f"{SUPERVISED}, alone"
 AFTER = {"LA-4": "nnUNetTrainerM3HL, num_epochs=64", "ACDC-3": "nnUNetTrainerM3HL, num_epochs=40"}
 TITLES = {"LA-4": "Left atrium, 4 labeled scans", "ACDC-3": "ACDC, 3 labeled patients"}
-STEPS = {"LA-4": ("4,000", "16,000"), "ACDC-3": ("2,500", "10,000")}
 HARD = 10  # scans
-LOWEST = 50  # percent that are shown after; before, all
+LOWEST = 50  # percent from which on Dice after is shown, if no scan has less
 
 
 def read_dice(task: str, row: str) -> dict[str, float]:
@@ -61,10 +60,11 @@ def main() -> None:
         )
         axis.scatter(x, y, s=26, color=COLOURS[0], alpha=0.6, linewidth=0)
         axis.set_title(f"{TITLES[task]}\n{len(x)} unlabeled scans, mean {x.mean():.1f} to {y.mean():.1f}", fontsize=11)
-        axis.set_xlabel(f"Dice before: {STEPS[task][0]} supervised steps (%)")
-        axis.set_ylabel(f"Dice after {STEPS[task][1]} steps of M3HL (%)")
+        steps = int(row.rpartition("=")[2]) * STEPS_PER_EPOCH
+        axis.set_xlabel(f"Dice before: {TASKS[task].steps:,} supervised steps (%)")
+        axis.set_ylabel(f"Dice after {steps:,} steps of M3HL (%)")
         axis.set_xlim(-2, 100)
-        axis.set_ylim(LOWEST, 100)
+        axis.set_ylim(min(LOWEST, y.min() - 2), 100)
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
