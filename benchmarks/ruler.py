@@ -12,13 +12,14 @@ the patients' means over the seeds that both have, from two such seeds on: it kn
 trainings. Two frames of one patient's heart are not independent, so ACDC's are averaged first.
 
 Rows with a longer second phase (`num_epochs=N`) are compared with `supervised`, self-training and a reference of that
-length, in a table of their own, as soon as `supervised` is measured at that length; before, with nothing.
+length, in a table of their own, as soon as `supervised` is measured at that length; before, with nothing. A row that
+is trained alone is in the table whose two phases have as many epochs as it has, as `one training`.
 
 Where a method has other seeds than `supervised` or self-training, the comparison is of the seeds that both have, the
-column Dice of all. Rows that are trained alone took half the steps of `supervised`. The reference of LA has learnt from
-all 60 scans, the methods saw 52 images: the other 8 are for development. A class that is not found has no distance: how
-many cases lack one is said. An ensemble is compared with self-training's ensemble of the same seeds; it closes
-no gap here, because there is no ensemble with all labels.
+column Dice of all. Other rows that are trained alone have another number of steps than `supervised`. The reference of
+LA has learnt from all 60 scans, the methods saw 52 images: the other 8 are for development. A class that is not found
+has no distance: how many cases lack one is said. An ensemble is compared with self-training's ensemble of the same
+seeds; it closes no gap here, because there is no ensemble with all labels.
 """
 
 import argparse
@@ -84,16 +85,30 @@ def read(task: str, on: str) -> dict[str, Scores]:
     return {name: Scores([row for row in rows if row[0] == name]) for name in dict.fromkeys(row[0] for row in rows)}
 
 
-def by_length(rows: dict[str, Scores]) -> dict[str, dict[str, Scores]]:
-    """Rows apart by the length of their second phase, where supervised training was measured at that length too.
+def by_length(task: str, on: str) -> dict[str, dict[str, Scores]]:
+    """A task's rows apart by the length of their second phase, where `supervised` was measured at that length too.
 
     Returns: "" to those of the task's own length and the rest, "num_epochs=N" to rows whose names do not repeat that.
+        Rows of as many epochs as both phases, trained alone, are beside them as `one training`.
     """
-    found = {"": dict(rows)}
-    for length in [name.removeprefix(f"{SUPERVISED}, ") for name in rows if re.fullmatch(LONGER, name)]:
-        names = [name for name in rows if length in name.split(", ")]
-        found[length] = {name.replace(f", {length}", ""): found[""].pop(name) for name in names}
+    rows = read(task, on)
+    lengths = ["", *(name.removeprefix(f"{SUPERVISED}, ") for name in rows if re.fullmatch(LONGER, name))]
+    found = {length: {} for length in lengths}
+    for name, scores in rows.items():
+        parts, of = name.split(", "), ""
+        for length in lengths:
+            both = f"num_epochs={epochs(task) + epochs(task, length)}"
+            if "alone" in parts and both in parts:
+                parts, of = ["one training" if part == "alone" else part for part in parts if part != both], length
+            elif "alone" not in parts and length in parts:
+                parts, of = [part for part in parts if part != length], length
+        found[of][", ".join(parts)] = scores
     return found
+
+
+def epochs(task: str, length: str = "") -> int:
+    """Epochs of a second phase: the task's own, or of a `length` in by_length."""
+    return int(length.removeprefix("num_epochs=") or TASKS[task].steps // STEPS_PER_EPOCH)
 
 
 def partner(rows: dict[str, Scores], name: str, of: str) -> Scores | None:
@@ -102,7 +117,7 @@ def partner(rows: dict[str, Scores], name: str, of: str) -> Scores | None:
 
 
 def all_labels(task: str, on: str, length: str) -> Scores | None:
-    return by_length(read(REFERENCE[task], on)).get(length, {}).get(SUPERVISED)
+    return by_length(REFERENCE[task], on).get(length, {}).get(SUPERVISED)
 
 
 def gap_closed(method: np.ndarray, supervised: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
@@ -184,7 +199,7 @@ def closed_by(scores: Scores, supervised: Scores, reference: Scores, metric: str
 
 
 def table(task: str, on: str, length: str = "") -> str:
-    rows, unit = by_length(read(task, on))[length], TASKS[task].unit
+    rows, unit = by_length(task, on)[length], TASKS[task].unit
     reference = all_labels(task, on, length)
     any_row = next(iter(rows.values()))
     lines = [
@@ -228,7 +243,7 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
     """
     results = {}
     for task in tasks:
-        for length, rows in by_length(read(task, on)).items():
+        for length, rows in by_length(task, on).items():
             results[task, length] = {name: row for name, row in rows.items() if not re.search(ONLY_IN_TABLES, name)}
     names = list(dict.fromkeys(name for rows in results.values() for name in rows))
     lines = -(-len(results) // PANELS)
@@ -247,8 +262,7 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
             axis.plot(dice.mean(), height[0], "|", color="black", markersize=16, markeredgewidth=2)
         labeled = task.split("-")[1]
         people = "patients" if task.startswith("ACDC") else "scans"
-        epochs = int(length.removeprefix("num_epochs=") or TASKS[task].steps // STEPS_PER_EPOCH)
-        steps = f"{epochs * STEPS_PER_EPOCH:,} steps"
+        steps = f"{epochs(task, length) * STEPS_PER_EPOCH:,} steps"
         axis.set_title(f"{task}: {labeled} labeled {people}\n{steps}", fontsize=10)
         axis.set_xlabel(f"Dice, {on} scans (%)")
         axis.spines[["top", "right"]].set_visible(False)
@@ -299,11 +313,11 @@ def main() -> None:
     args = parser.parse_args()
     tasks = [task for task in REFERENCE if read(task, args.on)]
     for task in tasks:
-        text = "\n".join(table(task, args.on, length) for length in by_length(read(task, args.on)))
+        text = "\n".join(table(task, args.on, length) for length in by_length(task, args.on))
         with replacing(table_file(task, args.on).with_suffix(".md")) as temporary:
             temporary.write_text(text)
         print(text)
-    results = {task: by_length(read(task, args.on))[""] for task in tasks}
+    results = {task: by_length(task, args.on)[""] for task in tasks}
     for name in dict.fromkeys(name for rows in results.values() for name in rows if name != SELF_TRAINING):
         difference, patients, p = pooled(results, name)
         if patients:

@@ -59,17 +59,33 @@ def test_methods_are_compared_on_the_seeds_that_both_have_and_by_patients():
 def test_longer_trainings_are_compared_with_supervised_training_of_that_length(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.RESULTS", tmp_path)
     for task, dice in (("ACDC-3", (60, 80, 70, 81, 75)), ("ACDC-60", (90, None, 100, None, None))):
-        names = ("supervised", "x", "supervised, num_epochs=40", "x, mask_cells=2, num_epochs=40", "y, num_epochs=50")
+        names = ("supervised", "x", "supervised, num_epochs=40", "x, mask_cells=2, num_epochs=40", "y, num_epochs=70")
         write(tmp_path / f"{task}.csv", {n: mean for n, mean in zip(names, dice, strict=True) if mean})
-    assert list(ruler.by_length(ruler.read("ACDC-3", "test"))) == ["", "num_epochs=40"]
+    assert list(ruler.by_length("ACDC-3", "test")) == ["", "num_epochs=40"]
     short, long = (ruler.table("ACDC-3", "test", length) for length in ("", "num_epochs=40"))
     (row,) = (line for line in short.splitlines() if line.startswith("| x "))
     assert "67 %" in row
     (row,) = (line for line in long.splitlines() if line.startswith("| x, mask_cells=2 |"))
     assert "37 %" in row
     assert "num_epochs=40 |" not in short + long
-    (row,) = (line for line in short.splitlines() if line.startswith("| y, num_epochs=50 "))
+    (row,) = (line for line in short.splitlines() if line.startswith("| y, num_epochs=70 "))
     assert "%" not in row  # no supervised training is as long
+
+
+def test_one_training_is_compared_with_two_that_have_as_many_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.RESULTS", tmp_path)
+    names = ("supervised", "x, num_epochs=20, alone", "x, alone", "x, num_epochs=20")
+    longer = ("supervised, num_epochs=40", "x, num_epochs=50, alone", "x, num_epochs=50, alone, ensemble of seeds 0 1")
+    means = dict(zip(names + longer, (60, 80, 70, 75, 65, 85, 85), strict=True))
+    write(tmp_path / "ACDC-3.csv", means)
+    write(tmp_path / "ACDC-60.csv", {"supervised": 90, "supervised, num_epochs=40": 95})
+    lengths = ruler.by_length("ACDC-3", "test")  # a phase has 10 epochs, the longer second one 40
+    assert [*lengths[""]] == ["supervised", "x, one training", "x, alone", "x, num_epochs=20"]
+    assert [*lengths["num_epochs=40"]] == ["supervised", "x, one training", "x, one training, ensemble of seeds 0 1"]
+    for length, part in (("", "67 %"), ("num_epochs=40", "67 %")):
+        table = ruler.table("ACDC-3", "test", length).splitlines()
+        (row,) = (line for line in table if line.startswith("| x, one training |"))
+        assert part in row
 
 
 def test_an_ensemble_is_compared_with_an_ensemble(tmp_path, monkeypatch):
@@ -79,7 +95,7 @@ def test_an_ensemble_is_compared_with_an_ensemble(tmp_path, monkeypatch):
     dice["self-training, num_epochs=40"] = 65
     for task, means in (("ACDC-3", dice), ("ACDC-60", {"supervised, num_epochs=40": 100})):
         write(tmp_path / f"{task}.csv", means)
-    lengths = ruler.by_length(ruler.read("ACDC-3", "test"))
+    lengths = ruler.by_length("ACDC-3", "test")
     assert list(lengths) == ["", "num_epochs=40"]
     table = ruler.table("ACDC-3", "test", "num_epochs=40").splitlines()
     single, joint = (next(line for line in table if line.startswith(f"| x{end}")) for end in (" |", ", ensemble"))

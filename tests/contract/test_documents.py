@@ -159,8 +159,8 @@ def test_the_gains_of_the_readme_are_those_of_the_measured_cases():
     table = {row[0]: row[1:] for row in rows if row[0] in GAINS}
     assert table.keys() == GAINS.keys()
     for name, (task, length) in GAINS.items():
-        measured = ruler.by_length(ruler.read(task, "test"))[length]
-        reference = ruler.by_length(ruler.read(ruler.REFERENCE[task], "test"))[length]["supervised"]
+        measured = ruler.by_length(task, "test")[length]
+        reference = ruler.by_length(ruler.REFERENCE[task], "test")[length]["supervised"]
         methods = [measured.get(row) for row in ("supervised", "self-training", ruler.RECOMMENDED)]
         for cell, scores in zip(table[name], [*methods, reference], strict=True):
             seeds = [seed for seed in scores.seeds if seed in methods[-1].seeds] if scores else []
