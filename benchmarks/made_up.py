@@ -3,7 +3,7 @@
     export nnUNet_raw=MADE_UP/raw nnUNet_preprocessed=MADE_UP/preprocessed nnUNet_results=MADE_UP/results
     python benchmarks/made_up.py lesions -tr nnUNetTrainer nnUNetTrainerM3HL --seeds 0 1 2 [--bf16]
     python benchmarks/made_up.py scanners -tr nnUNetTrainerM3HL --set rampup=0.0 --on development
-    python benchmarks/made_up.py lesions -tr nnUNetTrainerM3HL --alone --steps 8000 --set supervised_part=0.0
+    python benchmarks/made_up.py lesions -tr nnUNetTrainerM3HL --alone --steps 8000
 
 *lesions*: less than 0.2 % of a scan is lesion. *scanners*: the demo's organ; the labeled scans are of one good scanner,
 the unlabeled ones and those to measure on of any: more noise, texture and shading.

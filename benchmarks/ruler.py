@@ -49,7 +49,7 @@ from nnunet_ssl.system.files import replacing
 REFERENCE = {"LA-8": "LA-60", "LA-4": "LA-60", "ACDC-7": "ACDC-60", "ACDC-3": "ACDC-60"}
 PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
 PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
-RECOMMENDED = "nnUNetTrainerM3HL"
+RECOMMENDED = "nnUNetTrainerM3HL, one training"
 RESAMPLES = 5000
 PANELS = 4  # side by side
 ONLY_IN_TABLES = r", alone\b|, ensemble of | \+ |M3HL.*, rampup=0\.0\b"  # the last: what M3HL was before
@@ -282,11 +282,11 @@ def draw_patients(tasks: list[str], on: str, file: Path) -> None:
     """A column per patient: where the recommended trainer stands between few labels and all."""
     figure, axes = plt.subplots(len(tasks), 1, figsize=(10, 2.9 * len(tasks)), squeeze=False)
     for axis, task in zip(axes[:, 0], tasks, strict=True):
-        rows, reference = read(task, on), read(REFERENCE[task], on)[SUPERVISED]
+        rows, reference = by_length(task, on)[""], read(REFERENCE[task], on)[SUPERVISED]
         few, method = rows[SUPERVISED], rows[RECOMMENDED]
         order = np.argsort(few.dice(few.seeds).mean(0))
         places = np.arange(len(order))
-        ours = RECOMMENDED.removeprefix("nnUNetTrainer")
+        ours = RECOMMENDED.removeprefix("nnUNetTrainer").removesuffix(", one training")
         for scores, metric, label, marker, style in (
             (few, "dice", "supervised, few labels", "o", {"color": "0.5"}),
             (method, "dice", ours, "o", {"color": COLOURS[0]}),

@@ -4,10 +4,9 @@ Differs from the paper and its released code on purpose: masks are drawn per sam
 released LA script returns masks of ones), the teacher starts as a copy of the student (released: an independent random
 network), labeled voxels weigh 1 and pseudo-labeled ones alpha (the paper's Eq. 3 swaps them), pseudo-labeled voxels
 have cross entropy alone (where all foreground of a patch is a false one, to keep it is the whole Dice), with alpha 2
-after a ramp-up instead of 0.5, the teacher sees a weak view (spatial augmentation only), the first half of the training
-is stock nnU-Net on the labeled scans (`supervised_part`), and the last part of the other half is on whole patches
-without the feature terms: networks that only ever saw mixed patches did worse on scans, which are not mixed
-(`unmixed=0.0` in benchmarks/results). The student is deployed, as in the released code.
+after a ramp-up instead of 0.5, the teacher sees a weak view (spatial augmentation only), and the last part of the
+training is on whole patches without the feature terms: networks that only ever saw mixed patches did worse on scans,
+which are not mixed (`unmixed=0.0` in benchmarks/results). The student is deployed, as in the released code.
 """
 
 import torch
@@ -30,7 +29,6 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer, epoch_variants
 class nnUNetTrainerM3HL(SemiSupervisedTrainer):
     """M3HL: labeled and unlabeled scans mixed by random block masks, feature consistency with an EMA teacher."""
 
-    supervised_part = 0.5  # first part of the training: stock nnU-Net on the labeled scans; the rest is of what follows
     mask_cells = 4  # cells of the block grid per axis, fewer on thin axes
     mask_ratio = 0.5  # part of the cells of an unlabeled image that is masked and filled from a labeled one (Eq. 2)
     complementary_halves = True  # half b fills what half a keeps, so the ratio of a batch is 0.5; False: as half a
@@ -144,7 +142,6 @@ class nnUNetTrainerM3HLPaper(nnUNetTrainerM3HL):
     network is deployed; the released code keeps the student, and so do we.
     """
 
-    supervised_part = 0.0
     unmixed = 0.0
     pseudo_weight = 0.5
     pseudo_dice = True

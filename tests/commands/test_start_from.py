@@ -15,6 +15,7 @@ from tiny_trainers import make_trainer, seed
 from nnunet_ssl.blocks.networks import unwrap
 from nnunet_ssl.cli import main
 from nnunet_ssl.commands.start_from import last_epochs, require_known_cases, require_same
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 from nnunet_ssl.trainers.nnUNetTrainerM3HL import nnUNetTrainerM3HL
 from nnunet_ssl.training.preflight import only_training
 
@@ -35,9 +36,10 @@ def supervised(tiny_dataset, tmp_path_factory):
 
 @pytest.fixture
 def results(supervised, tmp_path, monkeypatch):
-    """A copy of these results, in which two of the four epochs of our trainers are supervised."""
+    """A copy of these results; two of the four epochs of M3HL are supervised."""
     folder = tmp_path / "results"
     shutil.copytree(supervised, folder)
+    monkeypatch.setattr(SemiSupervisedTrainer, "supervised_part", 0.5)
     monkeypatch.setenv("nnUNet_results", str(folder))
     return folder
 
@@ -112,10 +114,10 @@ def test_the_second_phase_trains_to_its_end_and_keeps_the_models_curves(results)
     assert "-pretrained_weights leaves out" not in Path(trainer.log_file).read_text(encoding="utf-8")
 
 
-def test_without_a_supervised_part_the_whole_training_is_the_second_phase(results):
-    paper = "nnUNetTrainerM3HLPaper_4epochs"
-    assert main([*(paper if word == OURS else word for word in ARGUMENTS), "--model", "nnUNetTrainer"]) == 0
-    trainer = continued(model(results, paper) / "fold_0/checkpoint_latest.pth", paper)
+def test_without_a_supervised_part_the_whole_training_is_the_second_phase(results, monkeypatch):
+    monkeypatch.setattr(SemiSupervisedTrainer, "supervised_part", 0.0)
+    assert main([*ARGUMENTS, "--model", "nnUNetTrainer"]) == 0
+    trainer = continued(model(results, OURS) / "fold_0/checkpoint_latest.pth")
     assert (trainer.current_epoch, trainer.step, trainer.max_steps) == (0, 0, 8)
     trainer.run_training()
     assert trainer.step == 8

@@ -104,7 +104,7 @@ def former_left_atrium(results):
 ALONE = {  # settings of a row of one phase, and the mark of its footnote
     "": "",
     ", supervised_part=0.0": "",
-    ", pseudo_dice=True, pseudo_weight=0.5, rampup=0.0, supervised_part=0.0": "²",
+    ", pseudo_dice=True, pseudo_weight=0.5, rampup=0.0": "²",
 }
 
 

@@ -166,7 +166,7 @@ def test_the_variants_of_m3hl_differ_in_attributes_only():
     weights = {"pseudo_weight": 0.5, "pseudo_dice": True, "rampup": 0.0, "feature_weight": 0.5}
     for variant, expected in {
         nnUNetTrainerM3: {"feature_weight": 0.0, "unmixed": 0.4},
-        nnUNetTrainerM3HLPaper: {"supervised_part": 0.0, "unmixed": 0.0, "feature_pairs": "all", **weights},
+        nnUNetTrainerM3HLPaper: {"unmixed": 0.0, "feature_pairs": "all", **weights},
     }.items():
         assert variant.__bases__ == (nnUNetTrainerM3HL,)
         assert {name: value for name, value in vars(variant).items() if not name.startswith("__")} == expected

@@ -196,7 +196,7 @@ def test_the_phase_has_whole_epochs_and_leaves_one_for_the_method(part, epochs, 
 def test_the_trainers_that_begin_with_it_are_those_of_the_documents():
     parts = {c.__name__.removeprefix("nnUNetTrainer"): c.supervised_part for c in every_trainer(variants=True)}
     begin = {name: part for name, part in parts.items() if part}
-    assert begin == dict.fromkeys(("M3HL", "M3", "CoM3HL", "CoLearning", "FixMatch"), 0.5)
+    assert begin == dict.fromkeys(("CoM3HL", "CoLearning", "FixMatch"), 0.5)
 
 
 @pytest.mark.parametrize("part", [1.0, -0.1])
