@@ -49,10 +49,12 @@ from nnunet_ssl.system.files import replacing
 REFERENCE = {"LA-8": "LA-60", "LA-4": "LA-60", "ACDC-7": "ACDC-60", "ACDC-3": "ACDC-60"}
 PICTURE = Path(__file__).parents[1] / "docs" / "ruler.png"
 PATIENTS_PICTURE = PICTURE.with_name("ruler_patients.png")
-RECOMMENDED = "nnUNetTrainerM3HL, one training"
+ONE_TRAINING = ", one training"  # of as many steps as both phases of the other rows
+RECOMMENDED = f"nnUNetTrainerM3HL{ONE_TRAINING}"
 RESAMPLES = 5000
 PANELS = 4  # side by side
-ONLY_IN_TABLES = r", alone\b|, ensemble of | \+ |M3HL.*, rampup=0\.0\b"  # the last: what M3HL was before
+# the last: what M3HL was before
+ONLY_IN_TABLES = r", alone\b|, ensemble of | \+ |M3HL.*, (rampup=0\.0|supervised_part)\b"
 LONGER = rf"{SUPERVISED}, num_epochs=\d+"
 
 
@@ -245,7 +247,8 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
     for task in tasks:
         for length, rows in by_length(task, on).items():
             results[task, length] = {name: row for name, row in rows.items() if not re.search(ONLY_IN_TABLES, name)}
-    names = list(dict.fromkeys(name for rows in results.values() for name in rows))
+    shown = [name for rows in results.values() for name in rows]
+    names = [name for name in dict.fromkeys((SUPERVISED, SELF_TRAINING, RECOMMENDED, *shown)) if name in shown]
     lines = -(-len(results) // PANELS)
     size = (3.2 * PANELS, 0.8 + lines * (1.2 + 0.38 * len(names)))
     figure, axes = plt.subplots(lines, PANELS, figsize=size, sharey=True, squeeze=False)
@@ -262,13 +265,14 @@ def draw(tasks: list[str], on: str, file: Path) -> None:
             axis.plot(dice.mean(), height[0], "|", color="black", markersize=16, markeredgewidth=2)
         labeled = task.split("-")[1]
         people = "patients" if task.startswith("ACDC") else "scans"
-        steps = f"{epochs(task, length) * STEPS_PER_EPOCH:,} steps"
+        steps = f"{(epochs(task) + epochs(task, length)) * STEPS_PER_EPOCH:,} steps"
         axis.set_title(f"{task}: {labeled} labeled {people}\n{steps}", fontsize=10)
         axis.set_xlabel(f"Dice, {on} scans (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(len(names) - 0.5, -0.7)
         axis.tick_params(labelsize=9)
-    short = [name.removeprefix("nnUNetTrainer").replace(", ", ",\n", 1) for name in names]
+    said = [f"{name}, from supervised weights" if name + ONE_TRAINING in names else name for name in names]
+    short = [name.removesuffix(ONE_TRAINING).removeprefix("nnUNetTrainer").replace(", ", ",\n", 1) for name in said]
     axes[0][0].set_yticks(range(len(names)), short)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
@@ -286,7 +290,7 @@ def draw_patients(tasks: list[str], on: str, file: Path) -> None:
         few, method = rows[SUPERVISED], rows[RECOMMENDED]
         order = np.argsort(few.dice(few.seeds).mean(0))
         places = np.arange(len(order))
-        ours = RECOMMENDED.removeprefix("nnUNetTrainer").removesuffix(", one training")
+        ours = RECOMMENDED.removeprefix("nnUNetTrainer").removesuffix(ONE_TRAINING)
         for scores, metric, label, marker, style in (
             (few, "dice", "supervised, few labels", "o", {"color": "0.5"}),
             (method, "dice", ours, "o", {"color": COLOURS[0]}),

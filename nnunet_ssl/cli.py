@@ -297,7 +297,7 @@ def _rank(options) -> None:
 
 
 def _add_start_from(commands) -> None:
-    text = "Put a trained supervised model in place of a training's supervised phase."
+    text = "Let a training begin with a trained supervised model: in place of its supervised phase, if it has one."
     parser = _command(commands, "start-from", _start_from, text)
     _add_model(parser)
     parser.add_argument("-tr", dest="trainer_name", required=True, help="trainer of the training, one of ours")
@@ -313,7 +313,7 @@ def _start_from(options) -> None:
 
     written = start_from(**_arguments(options))
     print(
-        f"Wrote {written}. Train the semi-supervised phase with:\n  nnUNetv2_train {options.dataset} "
+        f"Wrote {written}. Train on with:\n  nnUNetv2_train {options.dataset} "
         f"{options.configuration} {options.fold} -tr {options.trainer_name} -p {options.plans_identifier} --c"
     )
 
