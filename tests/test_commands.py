@@ -71,7 +71,7 @@ def test_stock_commands_train_continue_and_predict(tiny_dataset, command, tmp_pa
     assert f"Epoch {done - 1} " not in output
     assert "feature_weight = 0.1" in output
     state = torch.load(final, weights_only=False)
-    assert state[CHECKPOINT_KEY]["step"] == 4  # of two epochs: the first one is supervised
+    assert state[CHECKPOINT_KEY]["step"] == 6  # of all epochs
     assert (model / "fold_0" / "validation" / "case_002.nii.gz").is_file()
 
     images = Path(nnUNet_raw) / "Dataset701_Tiny" / "imagesTs"
