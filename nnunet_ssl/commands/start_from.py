@@ -9,6 +9,7 @@ from nnunetv2 import paths
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.preprocessed import uses_statistics
@@ -83,6 +84,10 @@ def start_from(
     require_same(file, state["init_args"], configuration, preprocessed, plans_identifier)
     trained_on = state["init_args"]["plans"]["dataset_name"]
     require_known_cases(file, fold, model_fold, preprocessed, trained_on, labeled_cases(state))
+    with quiet():  # nnU-Net says every file in which it looks for the trainer
+        trainer_class = recursive_find_trainer_class_by_name(trainer_name)
+    if not issubclass(trainer_class, SemiSupervisedTrainer):
+        raise ValueError(f"{trainer_name} is not a semi-supervised trainer. See: nnunet-ssl trainers")
     target.mkdir(parents=True, exist_ok=True)
     with only_training(str(target), 0):
         existing = [target / other for other in CHECKPOINTS if (target / other).is_file()]
@@ -105,15 +110,13 @@ def boundary(file: Path, state: dict, training: tuple) -> SemiSupervisedTrainer:
         state: the checkpoint.
         training: dataset, configuration, fold, trainer and plans, as nnU-Net's command takes them.
 
-    Raises: ValueError where the trainer is none of ours, or has another network.
+    Raises: ValueError where its network is another.
     """
     name, configuration, fold, trainer_name, plans_identifier = training
     # nothing is computed, a CPU is enough
     device = torch.device("cpu")
-    with quiet():  # nnU-Net says every file in which it looks for the trainer, and cites itself
+    with quiet():  # nnU-Net cites itself
         trainer = get_trainer_from_args(name, configuration, fold, trainer_name, plans_identifier, device=device)
-    if not isinstance(trainer, SemiSupervisedTrainer):
-        raise ValueError(f"{trainer_name} is not a semi-supervised trainer. See: nnunet-ssl trainers")
     trainer.initialize()
     weights = {"network_weights": state["network_weights"]}
     if mismatched_networks(weights, {"student": trainer.network}):

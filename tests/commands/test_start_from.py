@@ -263,6 +263,7 @@ def test_a_missing_model_and_a_trainer_of_nnunet_are_named(results, capsys):
     stock = [word if word != OURS else "nnUNetTrainerNoMirroring" for word in ARGUMENTS]
     assert main([*stock, "--model", "nnUNetTrainer"]) == 1
     assert "nnUNetTrainerNoMirroring is not a semi-supervised trainer" in capsys.readouterr().err
+    assert not model(results, "nnUNetTrainerNoMirroring").exists()
 
 
 def test_a_training_that_is_there_is_replaced_only_when_told(results, capsys):
